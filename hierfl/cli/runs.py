@@ -1,0 +1,208 @@
+"""``hierfl runs``: what was submitted, how each round went, and its end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from hierfl.cli.output import emit, output_option, say, table
+from hierfl.cli.reach import call, operator_options
+from hierfl.errors import ConfigError, RunFailed
+
+if TYPE_CHECKING:
+    from google.protobuf.message import Message
+
+    from hierfl.operator import Operator
+    from hierfl.wire import hierfl_pb2 as pb
+
+__all__ = ["follow", "message_document", "raise_for_outcome", "runs"]
+
+
+def message_document(message: Message) -> dict[str, Any]:
+    """A protobuf message as a plain document: field names as in the schema, integers as integers."""
+    return {field.name: _plain(getattr(message, field.name)) for field in message.DESCRIPTOR.fields}
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "DESCRIPTOR"):
+        return message_document(value)
+    if isinstance(value, Mapping) or hasattr(value, "items"):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (str, bytes, int, float)):
+        return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+    return [_plain(item) for item in value]
+
+
+def raise_for_outcome(summary: pb.RunSummary) -> None:
+    """Exit with the run's outcome: silent where it goes on or is finished."""
+    if summary.state == "paused":
+        raise RunFailed(
+            f"run {summary.run} is paused: {summary.reason}; mend that, then `hierfl runs resume {summary.run}`"
+        )
+    if summary.state in ("failed", "cancelled"):
+        raise RunFailed(f"run {summary.run} {summary.state}: {summary.reason or 'by an operator'}")
+
+
+async def follow(operator: Operator, run: str) -> pb.RunSummary:
+    """Show a run until it ends or pauses; on Ctrl-C say how to come back, and leave it running."""
+    from hierfl.cli.progress import Progress
+
+    summary = (await operator.run(run)).summary
+    try:
+        with Progress() as progress:
+            async for snapshot in operator.follow(run):
+                summary = snapshot.summary
+                progress.show(snapshot)
+                if summary.state == "paused":
+                    break
+    except asyncio.CancelledError:
+        say(f"detached; the run goes on. Back to it: `hierfl status {run} -w`; its end: `hierfl runs cancel {run}`")
+        raise
+    return summary
+
+
+@click.group()
+def runs() -> None:
+    """List, show, cancel and resume training runs."""
+
+
+@runs.command("list")
+@operator_options
+@output_option
+def list_(kit: Path | None, address: str | None, output: str) -> None:
+    """Runs, newest first."""
+    found = call(kit, address, lambda operator: operator.runs())
+    document = {"runs": [message_document(run) for run in found]}
+    emit(document, "hierfl.runs/1", output, lambda: _runs_table(found))
+
+
+def _runs_table(found: list[pb.RunSummary]) -> None:
+    headings = ("run", "name", "state", "rounds", "version", "submitted", "why")
+    rows = [
+        (
+            run.run,
+            run.name,
+            run.state,
+            f"{run.rounds_committed}/{run.rounds_planned}",
+            run.model_version,
+            _when(run.submitted_unix_ns),
+            run.reason,
+        )
+        for run in found
+    ]
+    table(headings, rows, empty="no runs yet: submit one with `hierfl train job.toml`")
+
+
+def _when(unix_ns: int) -> str:
+    return datetime.fromtimestamp(unix_ns / 1e9, UTC).strftime("%Y-%m-%d %H:%M:%S") if unix_ns else ""
+
+
+@runs.command()
+@click.argument("run")
+@click.option(
+    "--history",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write one row a round to FILE: .csv or .parquet.",
+)
+@operator_options
+@output_option
+def show(run: str, history: Path | None, kit: Path | None, address: str | None, output: str) -> None:
+    """One run, round by round.
+
+    \b
+    Examples:
+      hierfl runs show 7f3a
+      hierfl runs show 7f3a --history history.csv
+    """
+    found = call(kit, address, lambda operator: operator.run(run))
+    if history is not None:
+        write_history(history, [round_row(item) for item in found.rounds])
+        say(f"{len(found.rounds)} rounds written to {history}")
+    document = message_document(found.summary) | {"rounds": [message_document(item) for item in found.rounds]}
+    emit(document, "hierfl.run/1", output, lambda: _rounds_table(found))
+
+
+def round_row(item: pb.RoundSummary) -> dict[str, Any]:
+    """One round as a flat row: fixed columns, then one a metric, then bytes out a region."""
+    row: dict[str, Any] = {
+        "round": item.round,
+        "task": "train" if item.task == 1 else "evaluate",
+        "attempts": item.attempts,
+        "model_version": item.model_version,
+        "model_hash": item.model_hash,
+        "weight": item.weight,
+        "num_sites": item.num_sites,
+        "num_updates": item.num_updates,
+        "seconds": item.seconds,
+        "committed_unix_ns": item.committed_unix_ns,
+    }
+    row |= {name: item.metrics[name] for name in sorted(item.metrics)}
+    return row | {f"bytes_out.{share.region}": share.bytes_out for share in item.regions}
+
+
+def write_history(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write rows as CSV or Parquet, by the file's suffix; whole or not at all."""
+    import pyarrow as pa
+    from pyarrow import csv, parquet
+
+    writers: Mapping[str, Callable[[pa.Table, str], None]] = {".csv": csv.write_csv, ".parquet": parquet.write_table}
+    writer = writers.get(path.suffix)
+    if writer is None:
+        raise ConfigError("--history", str(path), f"must end in {' or '.join(writers)}")
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    columns = pa.table({name: [row.get(name) for row in rows] for name in names})
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        writer(columns, str(temporary))
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _rounds_table(found: pb.GetRunResponse) -> None:
+    run = found.summary
+    exact = "the same bits whatever the grouping" if run.exact_in_two_tiers else "approximate across regions"
+    say(f"{run.run} {run.name}: {run.state} {run.reason}".rstrip())
+    say(f"app {run.app}, strategy {run.strategy} ({exact}), model {run.model_hash}")
+    metrics = sorted({name for item in found.rounds for name in item.metrics if "loss" in name or "accuracy" in name})
+    metrics = [name for name in metrics if not name.endswith("_sum")]
+    headings = ("round", "task", "version", "attempts", "sites", "updates", *metrics, "seconds", "model")
+    rows = [
+        (
+            item.round,
+            "train" if item.task == 1 else "evaluate",
+            item.model_version,
+            item.attempts,
+            item.num_sites,
+            item.num_updates,
+            *(f"{item.metrics[name]:.4f}" if name in item.metrics else "" for name in metrics),
+            f"{item.seconds:.2f}",
+            item.model_hash[:12],
+        )
+        for item in found.rounds
+    ]
+    table(headings, rows, empty="no round committed yet")
+
+
+@runs.command()
+@click.argument("run")
+@operator_options
+def cancel(run: str, kit: Path | None, address: str | None) -> None:
+    """End a run now; its last committed model stays."""
+    state = call(kit, address, lambda operator: operator.cancel(run))
+    say(f"run {run} is {state}")
+
+
+@runs.command()
+@click.argument("run")
+@operator_options
+def resume(run: str, kit: Path | None, address: str | None) -> None:
+    """Go on with a paused run."""
+    state = call(kit, address, lambda operator: operator.resume(run))
+    say(f"run {run} is {state}; follow it with `hierfl status {run} -w`")

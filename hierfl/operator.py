@@ -1,0 +1,126 @@
+"""The operator's side of the controller: submit, follow, list, fetch. The only gRPC user of the command line.
+
+One ``Operator`` is one connection; every method is one call, and raises the error tree of ``hierfl/errors.py``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+
+from hierfl import documents
+from hierfl.errors import HierFLError, Unreachable
+from hierfl.job import Job
+from hierfl.layout import Layout, model_hash
+from hierfl.pki import Identity, Kit, RoleName
+from hierfl.types import Float32Array, ModelHash, RunId
+from hierfl.wire import hierfl_pb2 as pb
+from hierfl.wire import rpc, tls, transfer
+from hierfl.wire.status import from_rpc_error
+
+__all__ = ["Operator", "connect"]
+
+MAX_MODEL_BYTES = 2**40
+"""Bound on a model fetched from a controller that this operator's own CA vouches for: 1 TiB."""
+
+
+@asynccontextmanager
+async def connect(kit: Kit, address: str) -> AsyncIterator[Operator]:
+    """Open a connection to the controller at ``address`` (``host:port``) with the operator's kit.
+
+    Raises:
+        Unreachable: Nobody answers there, or what answers is not this federation's controller.
+        VersionMismatch: No protocol version in common.
+    """
+    server = Identity(federation=kit.identity.federation, role=RoleName.CONTROLLER)
+    channel = tls.open_channel(kit, address, server)
+    try:
+        stub = rpc.stub(channel, "OperatorService")
+        await rpc.hello(stub, "the controller", address)
+        yield Operator(stub, address)
+    finally:
+        await channel.close()
+
+
+class Operator:
+    """Calls of one operator to one controller."""
+
+    def __init__(self, stub: Any, address: str) -> None:
+        self._stub = stub
+        self.address = address
+
+    def _error(self, error: grpc.RpcError) -> HierFLError:
+        return from_rpc_error(error, "the controller", self.address)
+
+    async def _call(self, method: str, request: Any, timeout_s: float = 30.0) -> Any:
+        try:
+            return await getattr(self._stub, method)(request, timeout=timeout_s)
+        except grpc.RpcError as error:
+            raise self._error(error) from None
+
+    async def upload_model(self, layout: Layout, vectors: Mapping[str, Float32Array]) -> ModelHash:
+        """Send version 0 of a run: flat float32 vectors in the layout's order. Returns the model's hash."""
+        outgoing = transfer.Outgoing("model", layout.hash, vectors, meta=layout.to_bytes())
+        call = self._stub.UploadModel
+        try:
+            response = await rpc.upload_frames(call, outgoing)
+        except grpc.RpcError as error:
+            raise self._error(error) from None
+        expected = model_hash(layout, vectors)
+        if response.model_hash != expected:
+            raise Unreachable(f"the controller at {self.address} received another model than was sent; try again")
+        return expected
+
+    async def submit(self, job: Job, model: ModelHash) -> RunId:
+        """Submit a run of ``job`` from the uploaded ``model``; asked twice, it is submitted once."""
+        request = pb.SubmitRunRequest(job=documents.encode(job), model_hash=model, request_id=uuid.uuid4().hex)
+        try:
+            response = await self._call("SubmitRun", request)
+        except Unreachable:
+            await asyncio.sleep(0.5)  # its answer may have been lost; the request id is the same
+            response = await self._call("SubmitRun", request)
+        return RunId(response.run)
+
+    async def runs(self) -> list[pb.RunSummary]:
+        return list((await self._call("ListRuns", pb.ListRunsRequest())).runs)
+
+    async def run(self, run: str) -> pb.GetRunResponse:
+        """One run with its rounds. ``NotFound`` names the runs there are."""
+        return await self._call("GetRun", pb.GetRunRequest(run=run))
+
+    async def follow(self, run: str) -> AsyncIterator[pb.FollowRunResponse]:
+        """Snapshots of a run: one at once, then one at each change, until it ends."""
+        try:
+            async for snapshot in self._stub.FollowRun(pb.FollowRunRequest(run=run)):
+                yield snapshot
+        except grpc.RpcError as error:
+            raise self._error(error) from None
+
+    async def cancel(self, run: str) -> str:
+        """Cancel a run; returns its state afterwards."""
+        return str((await self._call("CancelRun", pb.CancelRunRequest(run=run))).state)
+
+    async def resume(self, run: str) -> str:
+        """Go on with a paused run; returns its state afterwards."""
+        return str((await self._call("ResumeRun", pb.ResumeRunRequest(run=run))).state)
+
+    async def models(self, run: str = "") -> list[pb.Model]:
+        return list((await self._call("ListModels", pb.ListModelsRequest(run=run))).models)
+
+    async def fetch_model(self, model: pb.Model) -> tuple[Layout, dict[str, Float32Array]]:
+        """Fetch a model and check it against its own hash: layout and flat float32 vectors."""
+        expect = transfer.Expect("model", model.layout_hash, None, MAX_MODEL_BYTES, None)
+        incoming = await rpc.fetch_model(self._stub, model.model_hash, expect)
+        layout = Layout.from_bytes(incoming.meta)
+        vectors = incoming.vectors()
+        if model_hash(layout, vectors) != model.model_hash:
+            raise Unreachable(f"the controller at {self.address} sent another model than {model.model_hash[:12]}")
+        return layout, vectors
+
+    async def status(self) -> pb.GetStatusResponse:
+        return await self._call("GetStatus", pb.GetStatusRequest())

@@ -1,0 +1,91 @@
+"""What is sealed, committed and signed: the documents behind promises 1 to 3."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from hierfl.aggregation import ColumnGroup
+from hierfl.types import ModelHash, RegionId, RunId
+
+__all__ = [
+    "COMMIT_CONTEXT",
+    "LEDGER_HEAD_CONTEXT",
+    "UPDATE_CONTEXT",
+    "CommitRecord",
+    "CountedPartial",
+    "PartialHead",
+    "UpdateHead",
+]
+
+UPDATE_CONTEXT = b"hierfl.update/1"
+COMMIT_CONTEXT = b"hierfl.commit/1"
+LEDGER_HEAD_CONTEXT = b"hierfl.ledger-head/1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateHead:
+    """Travels in the descriptor of an update's transfer, so its digest covers it."""
+
+    weight: int
+    """Aggregation weight in the plan's units, from 1 to the plan's cap."""
+    metrics: Mapping[str, int]
+    """Quantised sums by the plan's metric names (``hierfl/metrics.py``)."""
+    base_model_hash: ModelHash
+    task_hash: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartialHead:
+    """Travels in the descriptor of a partial's transfer. Says nothing of any single site.
+
+    It carries no attempt: the same sealed bytes may be re-addressed to a later attempt.
+    """
+
+    region: RegionId
+    base_model_hash: ModelHash
+    task_hash: str
+    groups: tuple[ColumnGroup, ...]
+    weight: int
+    num_sites: int
+    num_updates: int
+    metrics: Mapping[str, int]
+    """Exact sums of the quantised metrics."""
+    region_epoch: int
+    seal_id: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class CountedPartial:
+    """One region's part of a committed model."""
+
+    region: RegionId
+    digest: str
+    """Of the partial's transfer, ``alg:hex``."""
+    weight: int
+    num_sites: int
+    num_updates: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommitRecord:
+    """One committed model version: signed, created exclusively, never changed."""
+
+    federation: str
+    run: RunId
+    round: int
+    attempt: int
+    version: int
+    model_hash: ModelHash
+    layout_hash: str
+    previous_hash: ModelHash
+    """Model hash of the version before: the chain."""
+    leader_epoch: int
+    strategy: str
+    exact_in_two_tiers: bool
+    partials: tuple[CountedPartial, ...]
+    weight: int
+    metrics: Mapping[str, int]
+    state_digest: str
+    """Of the strategy's state blob, ``sha256:hex``; empty where it keeps none."""
+    committed_unix_ns: int
