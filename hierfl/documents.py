@@ -37,7 +37,7 @@ def decode(data: bytes, kind: type[T], what: str) -> T:
         raise WireError(f"{what} has {len(data)} bytes, more than {MAX_DOCUMENT_BYTES}")
     try:
         return msgspec.json.decode(data, type=kind)
-    except (msgspec.DecodeError, ValueError) as error:
+    except (msgspec.DecodeError, ValueError, RecursionError, OverflowError) as error:
         raise WireError(f"{what} does not fit its schema: {error}") from None
 
 

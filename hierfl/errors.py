@@ -4,6 +4,7 @@
         ConfigError               the operator's move: key, value, rule
             ConfigErrors          several of them, found in one reading
         NotFound                  what was named does not exist
+        ExtraMissing              a package that this command needs is not installed
         AppError                  the app could not be loaded, or broke its contract
         Refused                   not allowed, and asking again changes nothing
             PermissionRefused     this role may not make this call
@@ -54,6 +55,7 @@ __all__ = [
     "ConfigErrors",
     "DigestMismatch",
     "DiskFull",
+    "ExtraMissing",
     "HierFLError",
     "IdentityError",
     "Interrupted",
@@ -143,6 +145,20 @@ class NotFound(HierFLError):
 
     def __str__(self) -> str:
         return f"no {self.kind} {self.name!r}" + (f"; {self.hint}" if self.hint else "")
+
+
+class ExtraMissing(HierFLError):
+    """Args: ``what`` is not there, and the ``requirement`` to install, such as ``hierfl[server]``."""
+
+    code = "HFL-111"
+    exit_code = 3
+
+    def __init__(self, what: str, requirement: str) -> None:
+        super().__init__(what, requirement)
+        self.what, self.requirement = what, requirement
+
+    def __str__(self) -> str:
+        return f"{self.what} is not installed here: pip install '{self.requirement}'"
 
 
 class AppError(HierFLError):

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from hierfl import documents
 from hierfl.aggregation import ColumnGroup
-from hierfl.types import ModelHash, RegionId, RunId
+from hierfl.types import ModelHash, RegionId, RunId, UpdateKey
 
 __all__ = [
     "COMMIT_CONTEXT",
@@ -16,6 +17,7 @@ __all__ = [
     "CountedPartial",
     "PartialHead",
     "UpdateHead",
+    "update_statement",
 ]
 
 UPDATE_CONTEXT = b"hierfl.update/1"
@@ -89,3 +91,12 @@ class CommitRecord:
     state_digest: str
     """Of the strategy's state blob, ``sha256:hex``; empty where it keeps none."""
     committed_unix_ns: int
+
+
+def update_statement(key: UpdateKey, digest: str, weight: int) -> bytes:
+    """What a client signs (context ``UPDATE_CONTEXT``) when it hands an update in, and an auditor checks.
+
+    JSON: ``{"digest":...,"key":{"attempt":{"attempt","round","run","task"},"client":{"client","region","site"}},
+    "weight":...}``.
+    """
+    return documents.encode({"digest": digest, "key": key, "weight": weight})

@@ -28,7 +28,7 @@ import numpy as np
 from hierfl.client.task import Metrics, Task, Update
 from hierfl.errors import AppError
 
-__all__ = ["App", "load_app", "seed_generators"]
+__all__ = ["App", "find_app", "load_app", "seed_generators"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
@@ -68,6 +68,31 @@ def load_app(spec: str) -> App:
     is_file = spec.endswith(".py")
     module = _import(spec, _import_file if is_file else _import_module)
     return _from_namespace(module, Path(spec).stem if is_file else spec.rpartition(".")[2], spec)
+
+
+def find_app(name: str, folder: Path) -> App:
+    """The app called ``name``: ``<name>.py`` or ``app.py`` in ``folder``, or an installed module of that name.
+
+    Raises:
+        AppError: There is none; the message says what was tried.
+    """
+    files = [folder / f"{name}.py", folder / "app.py"]
+    for path in files:
+        if path.is_file():
+            app = load_app(str(path))
+            if app.name == name:
+                return app
+    if re.fullmatch(r"[A-Za-z_][\w.]*", name) and _is_installed(name):
+        return load_app(name)
+    tried = " or ".join(str(path) for path in files)
+    raise AppError(f"there is no app {name!r}: no {tried} with NAME = {name!r}, and no module {name}; give --app")
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False
 
 
 def _import_file(spec: str) -> ModuleType:
@@ -125,8 +150,8 @@ def _from_namespace(module: ModuleType, default_name: str, spec: str) -> App:
 
 
 def _function(holder: Any, name: str, argument: str, spec: str) -> Callable[[Any], Any]:
-    function = getattr(holder, name, None)
-    if not callable(function):
+    function: Callable[[Any], Any] | None = getattr(holder, name, None)
+    if function is None or not callable(function):
         raise AppError(f"{spec} has no function {name}({argument})")
     try:
         inspect.signature(function).bind(None)

@@ -1,0 +1,167 @@
+"""Who takes part in one attempt, and how far each has come. Nothing is granted beyond the plan's caps.
+
+No I/O and no clock. A member's claim is what the region granted: one live claim per key, with its
+digest, its weight and the incarnation that holds its bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from enum import Enum, StrEnum
+
+from combiners.messages import Answer, Claim, ClaimAnswer
+from hierfl.plan import Plan
+from hierfl.receipts import Reason, Receipt, ReceiptEvent, ReceiptState, next_receipt
+from hierfl.types import ClientRef
+
+__all__ = ["Cohort", "Member", "Outlook", "Standing"]
+
+
+class Standing(StrEnum):
+    """Where a member is."""
+
+    EXPECTED = "expected"  # offered, no answer yet
+    CLAIMED = "claimed"  # its update is granted and being folded
+    FOLDED = "folded"  # in an accumulator
+    DECLINED = "declined"  # said no, or its bytes were refused
+    GONE = "gone"  # away for longer than the grace: may come back, is not waited for
+
+
+class Outlook(Enum):
+    """What the region can expect of an attempt."""
+
+    WAIT = "wait"
+    COMPLETE = "complete"  # enough, and nobody else is expected
+    HOPELESS = "hopeless"  # too few can still answer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """``claim`` and ``incarnation`` are set while the standing is CLAIMED or FOLDED."""
+
+    client: ClientRef
+    standing: Standing = Standing.EXPECTED
+    claim: Claim | None = None
+    incarnation: str = ""
+
+    @property
+    def is_in(self) -> bool:
+        """Whether its update is granted."""
+        return self.claim is not None
+
+    def receipt(self) -> Receipt | None:
+        """What is known of its update: a granted one is CLAIMED."""
+        if self.claim is None:
+            return None
+        staged = Receipt(key=self.claim.key, digest=self.claim.digest, state=ReceiptState.STAGED)
+        return next_receipt(staged, ReceiptEvent.CLAIM)
+
+
+def num_sites(clients: Iterable[ClientRef]) -> int:
+    """Distinct sites among ``clients``."""
+    return len({client.site for client in clients})
+
+
+class Cohort:
+    """Members of one attempt by client."""
+
+    def __init__(self, plan: Plan, k: int) -> None:
+        self.plan = plan
+        self.k = k
+        self.members: dict[ClientRef, Member] = {}
+        self.weight = 0
+        """Sum of the weights granted."""
+
+    def __iter__(self) -> Iterator[Member]:
+        return iter(self.members.values())
+
+    def with_standing(self, *standings: Standing) -> list[ClientRef]:
+        return [member.client for member in self if member.standing in standings]
+
+    def enough(self, clients: Iterable[ClientRef]) -> bool:
+        """Whether these clients are as many, from as many sites, as the plan and the zone ask for."""
+        clients = list(clients)
+        return len(clients) >= self.plan.min_clients and num_sites(clients) >= self.k
+
+    def outlook(self) -> Outlook:
+        """The closing rule: wait for all that are expected, and for those that went while too few are in."""
+        standing = Standing
+        folded = self.with_standing(standing.FOLDED)
+        if self.with_standing(standing.CLAIMED):
+            return Outlook.WAIT
+        if self.enough(folded):
+            return Outlook.WAIT if self.with_standing(standing.EXPECTED) else Outlook.COMPLETE
+        hoped_for = self.with_standing(standing.FOLDED, standing.EXPECTED, standing.GONE)
+        return Outlook.WAIT if self.enough(hoped_for) else Outlook.HOPELESS
+
+    def expect(self, client: ClientRef) -> None:
+        """The client is connected and has the offer. One that had left or declined is asked again."""
+        member = self.members.get(client)
+        if member is None or not member.is_in:
+            self.members[client] = Member(client=client)
+
+    def decline(self, client: ClientRef) -> None:
+        self._set_aside(client, Standing.DECLINED)
+
+    def miss(self, client: ClientRef) -> None:
+        """The client has been away for the grace."""
+        member = self.members.get(client)
+        if member is not None and member.standing is Standing.EXPECTED:
+            self._set_aside(client, Standing.GONE)
+
+    def _set_aside(self, client: ClientRef, standing: Standing) -> None:
+        member = self.members.get(client)
+        if member is not None and not member.is_in:
+            self.members[client] = Member(client=client, standing=standing)
+
+    def claim(self, incarnation: str, claim: Claim) -> ClaimAnswer:
+        """Grant a claim, or say why not. Asked twice, it answers the same."""
+        member = self.members.get(claim.key.client)
+        if member is not None and member.claim is not None:
+            return self._claimed_before(member, incarnation, claim)
+        if not 1 <= claim.weight <= self.plan.caps.max_weight:
+            return ClaimAnswer(key=claim.key, answer=Answer.REFUSED, reason=Reason.INVALID)
+        if self.weight + claim.weight > self.plan.caps.region_weight:
+            self.decline(claim.key.client)
+            return ClaimAnswer(key=claim.key, answer=Answer.REFUSED, reason=Reason.WEIGHT_SHARE)
+        self.members[claim.key.client] = Member(
+            client=claim.key.client, standing=Standing.CLAIMED, claim=claim, incarnation=incarnation
+        )
+        self.weight += claim.weight
+        return ClaimAnswer(key=claim.key, answer=Answer.GRANTED)
+
+    def _claimed_before(self, member: Member, incarnation: str, claim: Claim) -> ClaimAnswer:
+        assert member.claim is not None
+        if member.claim.digest != claim.digest:
+            return ClaimAnswer(key=claim.key, answer=Answer.REFUSED, reason=Reason.DIGEST_CONFLICT)
+        if member.standing is Standing.CLAIMED and member.incarnation == incarnation:
+            return ClaimAnswer(key=claim.key, answer=Answer.GRANTED)  # the answer was lost on its way
+        return ClaimAnswer(key=claim.key, answer=Answer.KNOWN, receipt=member.receipt())
+
+    def fold(self, incarnation: str, client: ClientRef) -> None:
+        """The claim's bytes are in the accumulator of ``incarnation``. Another's word is ignored."""
+        member = self.members.get(client)
+        if member is not None and member.is_in and member.incarnation == incarnation:
+            self.members[client] = replace(member, standing=Standing.FOLDED)
+
+    def let_go(self, incarnation: str, clients: Iterable[ClientRef] | None = None) -> list[ClientRef]:
+        """Free the claims of ``incarnation`` (those of ``clients``, or all): they are expected again."""
+        held = self.claims_of(incarnation)
+        freed = list(held) if clients is None else [client for client in clients if client in held]
+        for client in freed:
+            self.weight -= held[client].weight
+            self.members[client] = Member(client=client)
+        return freed
+
+    def claims_of(self, incarnation: str) -> dict[ClientRef, Claim]:
+        """What ``incarnation`` was granted."""
+        return {
+            member.client: member.claim
+            for member in self
+            if member.claim is not None and member.incarnation == incarnation
+        }
+
+    def receipts(self) -> list[Receipt]:
+        """Of every granted update."""
+        return [receipt for member in self if (receipt := member.receipt()) is not None]

@@ -1,0 +1,173 @@
+"""What the Region and its Intakes say to each other: plain frozen values, the same with and without Ray.
+
+One ``tick`` carries everything that waits at an intake; the two protocols below are all that either
+side knows of the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol
+
+from hierfl.aggregation import PartialAggregate
+from hierfl.receipts import Reason, Receipt
+from hierfl.types import AttemptKey, ClientRef, Float32Array, ModelHash, UpdateKey
+
+__all__ = [
+    "Answer",
+    "App",
+    "Claim",
+    "ClaimAnswer",
+    "Connection",
+    "HandOver",
+    "IntakePort",
+    "Model",
+    "Opening",
+    "Outcome",
+    "RegionPort",
+    "Registration",
+    "Report",
+    "Tick",
+    "TickReply",
+]
+
+
+@dataclass(frozen=True)
+class App:
+    """An app that a client serves."""
+
+    name: str
+    version: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Connection:
+    """A client joined an intake (or changed its apps), or left it."""
+
+    client: ClientRef
+    joined: bool
+    apps: tuple[App, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """One checked update that an intake asks to fold. ``signature`` is the client's own."""
+
+    key: UpdateKey
+    digest: str
+    weight: int
+    signature: bytes
+    metrics: frozenset[str] = frozenset()
+    """Names of the metrics that the update carries."""
+
+
+class Answer(StrEnum):
+    """What becomes of a claim."""
+
+    GRANTED = "granted"  # fold it
+    KNOWN = "known"  # counted in already, or its last word is spoken: here is the receipt
+    LATER = "later"  # the region is sealing: claim again when it has gone on, or closed
+    REFUSED = "refused"  # not counted, for a reason
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClaimAnswer:
+    """``receipt`` where known, ``reason`` where refused."""
+
+    key: UpdateKey
+    answer: Answer
+    receipt: Receipt | None = None
+    reason: Reason | None = None
+
+
+class Outcome(StrEnum):
+    """What an intake reports of a client's work."""
+
+    FOLDED = "folded"  # in the accumulator
+    LET_GO = "let_go"  # granted, but not folded: the claim is free again
+    DECLINED = "declined"  # the client said that it will not answer
+    INVALID = "invalid"  # its bytes were refused
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    key: UpdateKey
+    outcome: Outcome
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tick:
+    """All that waits at an intake, in the order in which it happened within each field."""
+
+    connections: tuple[Connection, ...] = ()
+    reports: tuple[Report, ...] = ()
+    claims: tuple[Claim, ...] = ()
+    asks: tuple[UpdateKey, ...] = ()
+    """Keys whose receipts a client asks for."""
+    bytes_in: int = 0
+    """Payload from sites since the incarnation began."""
+    bytes_out: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TickReply:
+    """``known`` is false where the region holds this incarnation void: it must register anew."""
+
+    known: bool
+    answers: tuple[ClaimAnswer, ...] = ()
+    """One for each of ``claims``."""
+    told: tuple[ClaimAnswer, ...] = ()
+    """One for each of ``asks``: KNOWN with its receipt, LATER where it may (soon) be handed in, else REFUSED."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opening:
+    """An attempt as an intake needs it: the offer's exact bytes (protobuf), for its clients and itself."""
+
+    key: AttemptKey
+    offer: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Registration:
+    incarnation: str
+    openings: tuple[Opening, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class HandOver:
+    """What one incarnation folded in one attempt. ``partial`` is absent where it folded nothing."""
+
+    incarnation: str
+    key: AttemptKey
+    seal_id: str
+    entries: tuple[Claim, ...] = ()
+    partial: PartialAggregate | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A model as it is served: layout document and flat vectors by name."""
+
+    model_hash: ModelHash
+    layout: bytes
+    vectors: dict[str, Float32Array] = field(default_factory=dict)
+
+
+class RegionPort(Protocol):
+    """The Region, as an intake calls it. Every call may run twice and does the same then."""
+
+    async def register(self, name: str, address: str, port: IntakePort) -> Registration: ...
+    async def tick(self, incarnation: str, tick: Tick) -> TickReply: ...
+    async def model(self, model_hash: ModelHash) -> Model | None: ...
+
+
+class IntakePort(Protocol):
+    """An Intake, as the Region calls it. Every call may run twice and does the same then."""
+
+    async def open(self, opening: Opening) -> None: ...
+    async def freeze(self, key: AttemptKey, seal_id: str) -> HandOver: ...
+    async def resume(self, key: AttemptKey, seal_id: str) -> None: ...
+    async def close(self, key: AttemptKey, reason: str) -> None: ...
+    async def deliver(self, receipts: tuple[Receipt, ...]) -> None: ...

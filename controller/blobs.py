@@ -1,0 +1,192 @@
+"""Large things as files, named by what they contain: models, strategy states, partial aggregates.
+
+A blob is written beside its place, fsynced and renamed into it, so that a name never shows half a file. It is
+checked against its name whenever it is read. All controllers of a federation share this directory.
+
+    models/HASH      64 bytes: the layout's hash in hex; then the vectors, little-endian float32, in its order
+    layouts/HASH     the layout's canonical bytes
+    states/SHA256    safetensors
+    partials/SHA256  the vectors, little-endian int64, in the plan's order
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hierfl.errors import DiskFull, NotFound, StorageError, StoreDamaged, WireError
+from hierfl.layout import Layout, model_hash
+from hierfl.types import Float32Array, Int64Array, ModelHash
+
+__all__ = ["Blobs", "durable_directory", "storage_errors", "sync_directory"]
+
+LAYOUT_HASH_BYTES = 64
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+class Blobs:
+    """Blobs under one directory. Methods block: call them in a worker thread where they may be large."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        for kind in ("models", "layouts", "states", "partials"):
+            durable_directory(directory / kind)
+        for left in directory.glob("*/.part-*"):
+            left.unlink(missing_ok=True)  # of a writer that died: we are the only one now
+
+    # -------------------------------------------------------------- models
+
+    def put_model(self, layout: Layout, vectors: Mapping[str, Float32Array]) -> ModelHash:
+        """Store a model and its layout, durably. Storing it again changes nothing."""
+        name = model_hash(layout, vectors)
+        self._write("layouts", [layout.to_bytes()], layout.hash)
+        parts = [np.ascontiguousarray(vectors[vector], dtype="<f4") for vector in layout.vectors]
+        self._write("models", [layout.hash.encode(), *parts], name)
+        return name
+
+    def has_model(self, name: str) -> bool:
+        return _is_hash(name) and self._path("models", name).is_file()
+
+    def layout_of(self, name: ModelHash) -> Layout:
+        """The layout of a stored model.
+
+        Raises:
+            NotFound: No such model here.
+            StoreDamaged: The layout's file has another hash than its name.
+        """
+        if not self.has_model(name):
+            raise NotFound("model", name, "upload it first")
+        with storage_errors(self._directory), self._path("models", name).open("rb") as file:
+            layout_hash = file.read(LAYOUT_HASH_BYTES).decode("ascii", "replace")
+        try:
+            layout = Layout.from_bytes(self._read("layouts", layout_hash, layout_hash))
+        except WireError as error:
+            raise StoreDamaged(f"layout {layout_hash} is damaged: {error}; restore {self._directory}") from None
+        return layout
+
+    def model(self, name: ModelHash) -> tuple[Layout, dict[str, Float32Array]]:
+        """A stored model, checked against its hash: its layout, and flat float32 vectors by name.
+
+        Raises:
+            NotFound: No such model here.
+            StoreDamaged: The file is not the model that its name says.
+        """
+        layout = self.layout_of(name)
+        vectors: dict[str, Float32Array] = {}
+        with storage_errors(self._directory), self._path("models", name).open("rb") as file:
+            file.seek(LAYOUT_HASH_BYTES)
+            for vector, size in layout.vectors.items():
+                vectors[vector] = np.fromfile(file, "<f4", size)
+        if any(vectors[v].size != n for v, n in layout.vectors.items()) or model_hash(layout, vectors) != name:
+            raise StoreDamaged(f"model {name} in {self._directory} is damaged; restore it from a backup")
+        return layout, vectors
+
+    # -------------------------------------------------------------- strategy states
+
+    def put_state(self, state: Mapping[str, np.ndarray]) -> str:
+        """Store a strategy's state; returns its digest ``sha256:hex``, or ``""`` for a state without arrays."""
+        if not state:
+            return ""
+        from safetensors.numpy import save
+
+        return self._write("states", [save({name: np.ascontiguousarray(state[name]) for name in sorted(state)})])
+
+    def state(self, digest: str) -> dict[str, np.ndarray]:
+        """A strategy's state by its digest. Raises ``StoreDamaged`` where the file has another one."""
+        if not digest:
+            return {}
+        from safetensors.numpy import load
+
+        return dict(load(self._read("states", digest.removeprefix("sha256:"))))
+
+    # -------------------------------------------------------------- partial aggregates
+
+    def put_partial(self, chunks: Iterable[np.ndarray]) -> str:
+        """Store the values of a partial, chunk after chunk in the plan's order; returns ``sha256:hex``."""
+        return self._write("partials", (np.ascontiguousarray(chunk, dtype="<i8") for chunk in chunks))
+
+    def partial(self, digest: str, sizes: Mapping[str, int]) -> dict[str, Int64Array]:
+        """The vectors of a partial, cut to ``sizes`` in their order.
+
+        Raises:
+            StoreDamaged: The file is not there, has another digest, or another length.
+        """
+        values = np.frombuffer(self._read("partials", digest.removeprefix("sha256:")), "<i8")
+        if values.size != sum(sizes.values()):
+            raise StoreDamaged(f"partial {digest} has {values.size} values, not {sum(sizes.values())}")
+        ends = np.cumsum(list(sizes.values()))
+        return {name: values[end - size : end] for (name, size), end in zip(sizes.items(), ends, strict=True)}
+
+    # -------------------------------------------------------------- files
+
+    def _path(self, kind: str, name: str) -> Path:
+        return self._directory / kind / name
+
+    def _write(self, kind: str, parts: Iterable[Any], name: str = "") -> str:
+        """Write durably under ``name``, or the content's SHA-256 if none is given; returns ``sha256:hex``."""
+        temporary = self._path(kind, f".part-{uuid.uuid4().hex}")
+        state = hashlib.sha256()
+        with storage_errors(self._directory):
+            try:
+                with temporary.open("xb") as file:
+                    for part in parts:
+                        state.update(part)
+                        file.write(part)
+                    file.flush()
+                    os.fsync(file.fileno())
+                temporary.replace(self._path(kind, name or state.hexdigest()))
+                sync_directory(self._directory / kind)
+            finally:
+                temporary.unlink(missing_ok=True)
+        return f"sha256:{state.hexdigest()}"
+
+    def _read(self, kind: str, name: str, digest: str = "") -> bytes:
+        """A whole file, checked against ``digest`` (its name unless given)."""
+        with storage_errors(self._directory):
+            try:
+                data = self._path(kind, name).read_bytes()
+            except FileNotFoundError:
+                raise StoreDamaged(f"{kind}/{name} is missing in {self._directory}; restore it") from None
+        if hashlib.sha256(data).hexdigest() != (digest or name):
+            raise StoreDamaged(f"{kind}/{name} in {self._directory} is damaged; restore it from a backup")
+        return data
+
+
+@contextmanager
+def storage_errors(where: Path) -> Iterator[None]:
+    """Turn the system's errors into ours: ``DiskFull`` where there is no room, else ``StorageError``."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL:
+            raise DiskFull(f"no space left for {where}: make room and resume the run") from None
+        raise StorageError(f"{where}: {error.strerror or error}") from None
+
+
+def durable_directory(path: Path) -> None:
+    """Make a directory that outlives a crash."""
+    with storage_errors(path):
+        if not path.is_dir():
+            path.mkdir(parents=True, exist_ok=True)
+            sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames and links in ``path`` durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _is_hash(name: str) -> bool:
+    return len(name) == 64 and set(name) <= set("0123456789abcdef")

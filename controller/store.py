@@ -1,0 +1,236 @@
+"""The controller's rows, atomic and resumable: a protocol, and SQLite for it.
+
+Every change of state is one ``write``: all its rows or none, and only under the leader epoch that the store
+holds, compared inside the write: who has been replaced gets ``StaleEpoch`` and changes nothing.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from controller.blobs import durable_directory
+from controller.rows import AnswerRow, AttemptRow, ModelRow, RegionRow, RoundRow, Row, RunRow
+from hierfl import documents
+from hierfl.errors import DiskFull, StaleEpoch, StorageError, StoreDamaged, StoreLocked, StoreTooNew, WireError
+from hierfl.types import AttemptKey, RunId, TaskKind
+
+__all__ = ["SCHEMA_VERSION", "SqliteStore", "Store"]
+
+SCHEMA_VERSION = 1
+"""Raised with each change that an earlier release would misread."""
+
+R = TypeVar("R")
+WRITTEN_ONCE = (AnswerRow, ModelRow, RoundRow)
+
+
+class Store(Protocol):
+    """What the controller remembers. One controller leads; all of it is read back at a start."""
+
+    @property
+    def store_id(self) -> str:
+        """Identity of this store, made with it: another one is another memory."""
+
+    def lead(self, at_least: int = 0) -> int:
+        """Become the leader: returns a leader epoch above every earlier one, and above ``at_least``."""
+
+    def write(self, epoch: int, *rows: Row) -> None:
+        """Store all rows or none.
+
+        Raises:
+            StaleEpoch: Another controller leads.
+            StoreDamaged: A row that is written once is there already, with other contents.
+            DiskFull: No space left; nothing was written.
+        """
+
+    def runs(self) -> list[RunRow]:
+        """All runs, in the order of submission."""
+
+    def attempts(self, run: RunId, task: TaskKind, round_number: int) -> list[AttemptRow]:
+        """Attempts at one round, in order."""
+
+    def answers(self, key: AttemptKey) -> list[AnswerRow]:
+        """What regions said to one attempt, by region."""
+
+    def rounds(self, run: RunId) -> list[RoundRow]:
+        """Committed rounds: training in order, then the evaluation."""
+
+    def models(self, run: RunId) -> list[ModelRow]:
+        """Versions of a run's model, in order."""
+
+    def regions(self) -> list[RegionRow]:
+        """Every region that ever attached."""
+
+    def close(self) -> None:
+        """Let go of the store."""
+
+
+class SqliteStore:
+    """One file, locked by its one user; WAL, and fsynced at each commit."""
+
+    def __init__(self, path: Path, federation: str) -> None:
+        """Open or create the store of ``federation``.
+
+        Raises:
+            StoreLocked: Another process has it.
+            StoreTooNew: A later release wrote it.
+            StoreDamaged: It is no store, or another federation's.
+        """
+        durable_directory(path.parent)
+        self._path = path
+        with self._errors():
+            self._db = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
+        try:
+            self._open(federation)
+        except BaseException:
+            self._db.close()
+            raise
+
+    def _open(self, federation: str) -> None:
+        with self._errors():
+            self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute("PRAGMA synchronous = FULL")
+        with self._transaction():
+            (version,) = self._db.execute("PRAGMA user_version").fetchone()
+            if version > SCHEMA_VERSION:
+                raise StoreTooNew(f"{self._path} has schema {version}, this release knows {SCHEMA_VERSION}: upgrade")
+            if version == 0:
+                self._create(federation)
+            self.store_id, owner = self._meta("store_id"), self._meta("federation")
+        if owner != federation:
+            raise StoreDamaged(f"{self._path} belongs to federation {owner!r}, not {federation!r}: use another --dir")
+
+    def _create(self, federation: str) -> None:
+        self._db.execute("CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID")
+        for table in TABLES.values():
+            self._db.execute(f"CREATE TABLE {table} (key TEXT PRIMARY KEY, document BLOB NOT NULL) WITHOUT ROWID")
+        meta = {"federation": federation, "store_id": uuid.uuid4().hex, "leader_epoch": "0"}
+        self._db.executemany("INSERT INTO meta VALUES (?, ?)", list(meta.items()))
+        self._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+
+    def lead(self, at_least: int = 0) -> int:
+        with self._transaction():
+            epoch = max(int(self._meta("leader_epoch")), at_least) + 1
+            self._db.execute("UPDATE meta SET value = ? WHERE name = 'leader_epoch'", (str(epoch),))
+        return epoch
+
+    def write(self, epoch: int, *rows: Row) -> None:
+        with self._transaction():
+            leader = int(self._meta("leader_epoch"))
+            if leader != epoch:
+                raise StaleEpoch(f"this controller leads under epoch {epoch}, the store is under {leader}: stop it")
+            for row in rows:
+                self._put(row)
+
+    def _put(self, row: Row) -> None:
+        table, key, document = TABLES[type(row)], _key(row), documents.encode(row)
+        if isinstance(row, WRITTEN_ONCE):
+            found = self._db.execute(f"SELECT document FROM {table} WHERE key = ?", (key,)).fetchone()  # noqa: S608  a constant
+            if found is not None and found[0] != document:
+                raise StoreDamaged(f"{self._path}: {table} {key} is there already, with other contents")
+        self._db.execute(f"INSERT OR REPLACE INTO {table} VALUES (?, ?)", (key, document))  # noqa: S608  a constant
+
+    def runs(self) -> list[RunRow]:
+        return sorted(self._rows(RunRow), key=lambda row: (row.submitted_unix_ns, row.run))
+
+    def attempts(self, run: RunId, task: TaskKind, round_number: int) -> list[AttemptRow]:
+        return self._rows(AttemptRow, _path(run, task, round_number, ""))
+
+    def answers(self, key: AttemptKey) -> list[AnswerRow]:
+        return self._rows(AnswerRow, _path(key.run, key.task, key.round, key.attempt, ""))
+
+    def rounds(self, run: RunId) -> list[RoundRow]:
+        return sorted(self._rows(RoundRow, _path(run, "")), key=lambda row: row.round)
+
+    def models(self, run: RunId) -> list[ModelRow]:
+        return self._rows(ModelRow, _path(run, ""))
+
+    def regions(self) -> list[RegionRow]:
+        return self._rows(RegionRow)
+
+    def close(self) -> None:
+        self._db.close()
+
+    def _meta(self, name: str) -> str:
+        found = self._db.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
+        if found is None:
+            raise StoreDamaged(f"{self._path} lacks its {name}: restore it from a backup")
+        return str(found[0])
+
+    def _rows(self, kind: type[R], prefix: str = "") -> list[R]:
+        table = TABLES[kind]
+        with self._errors():
+            found = self._db.execute(
+                f"SELECT document FROM {table} WHERE key >= ? AND key < ? ORDER BY key",  # noqa: S608  a constant
+                (prefix, prefix + "\U0010ffff"),
+            ).fetchall()
+        try:
+            return [documents.decode(document, kind, table) for (document,) in found]
+        except WireError as error:
+            raise StoreDamaged(f"{self._path}: {error}") from None
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        with self._errors():
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise self._translated(error) from None
+
+    def _translated(self, error: sqlite3.Error) -> StorageError:
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            return StoreLocked(f"{self._path} is used by another process: stop that controller, or use another --dir")
+        if code == sqlite3.SQLITE_FULL:
+            return DiskFull(f"no space left for {self._path}: make room, then start again")
+        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            return StoreDamaged(f"{self._path} is damaged ({error}): restore it from a backup")
+        return StorageError(f"{self._path}: {error}")
+
+
+TABLES: dict[type, str] = {
+    RunRow: "runs",
+    AttemptRow: "attempts",
+    AnswerRow: "answers",
+    ModelRow: "models",
+    RoundRow: "rounds",
+    RegionRow: "regions",
+}
+
+
+def _key(row: Row) -> str:
+    """Key of a row: its identity, so ordered that rows of one run, round or attempt stand together."""
+    match row:
+        case RunRow():
+            return row.run
+        case AttemptRow():
+            return _path(row.run, row.task, row.round, row.attempt)
+        case AnswerRow():
+            return _path(row.run, row.task, row.round, row.attempt, row.region)
+        case ModelRow():
+            return _path(row.run, row.version)
+        case RoundRow():
+            return _path(row.run, row.task, row.round)
+        case RegionRow():
+            return row.region
+
+
+def _path(*parts: str | int) -> str:
+    """Parts joined by ``/``, numbers padded so that their order as text is their order."""
+    return "/".join(f"{part:010d}" if isinstance(part, int) else part for part in parts)

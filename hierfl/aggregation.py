@@ -1,0 +1,420 @@
+"""Sums that do not depend on order: add integers first, divide last.
+
+Every value becomes ``q = rint(value * 2**s)`` and every sum ``sum(weight * q)``, exactly. ``s`` is fixed when the
+job is submitted and never depends on who is alive, so any grouping of updates into regions, and any order, has
+the same bits. Nothing wraps: what could overflow is refused before it is added. What follows the sum uses only
+IEEE float64 operations that have one right answer (``+ - * /``, ``sqrt``, comparison, ``rint``, casts).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from fractions import Fraction
+from functools import cached_property
+
+import numpy as np
+
+from hierfl import kernels, limbs
+from hierfl.errors import ConfigError, InvalidTransition, LayoutMismatch, ValueOutOfRange
+from hierfl.metrics import add_metrics
+from hierfl.types import Float32Array, Float64Array, Int64Array
+
+__all__ = [
+    "MAX_WEIGHT",
+    "Accumulator",
+    "ColumnGroup",
+    "GroupKind",
+    "PartialAggregate",
+    "Weighting",
+    "check_values",
+    "choose_scale",
+]
+
+MAX_WEIGHT = 65_535
+"""Largest weight of one update: 16 bits."""
+
+BEST_SCALE = 32
+LEAST_SCALE = 28
+"""Fraction bits of a ``fixed`` group: the usual number, and the least that is accepted."""
+
+MAX_SUM = 2**63 - 1
+MAX_WIDE_Q = 2**62
+"""Bounds on a 64-bit sum, and on one value of a group whose sums have 128 bits."""
+
+FINISH_BLOCK = 65_536
+"""Values finished at a time, so that they stay in the cache between the steps."""
+
+
+class GroupKind(StrEnum):
+    """How the values of a group are summed."""
+
+    FIXED = "fixed"  # fixed point, 64-bit sums
+    COUNT = "count"  # whole numbers, no rounding, 64-bit sums
+    WIDE = "wide"  # fixed point, 128-bit sums: small groups of large range
+
+
+class Weighting(StrEnum):
+    """What a value is multiplied by, and what its sum is divided by at the end."""
+
+    WEIGHT = "weight"  # by the update's weight; the end divides by the sum of weights
+    ONE = "one"  # by 1; the end divides by the number of updates
+    NONE = "none"  # by 1; the sum itself is the result
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColumnGroup:
+    """One vector of an update and how it is summed: declared by the strategy, fixed in the plan."""
+
+    name: str
+    """The vector's name in the layout."""
+    kind: GroupKind
+    s: int
+    """Fraction bits of the fixed point; 0 for counts."""
+    max_abs: float
+    """Largest magnitude of a value."""
+    weighting: Weighting
+    num_values: int
+
+    def __post_init__(self) -> None:
+        key = f"arithmetic.{self.name}"
+        object.__setattr__(self, "max_abs", float(self.max_abs))  # 8 and 8.0 are one document
+        if not (math.isfinite(self.max_abs) and self.max_abs > 0):
+            raise ConfigError(f"{key}.max_abs", self.max_abs, "must be above 0 and finite")
+        if not 0 <= self.s <= BEST_SCALE or (self.kind is GroupKind.COUNT and self.s):
+            raise ConfigError(f"{key}.s", self.s, f"must be from 0 to {BEST_SCALE}, and 0 for counts")
+        if self.max_q > MAX_WIDE_Q:
+            raise ConfigError(f"{key}.max_abs", self.max_abs, f"must be at most 2**62 / 2**{self.s}")
+        if self.num_values < 0:
+            raise ConfigError(f"{key}.num_values", self.num_values, "must not be negative")
+
+    @cached_property
+    def max_q(self) -> int:
+        """Largest magnitude of one value as an integer, before its weight."""
+        return math.ceil(Fraction(self.max_abs) * (1 << self.s))
+
+    @cached_property
+    def limit(self) -> np.float32:
+        """Largest float32 not above ``max_abs``: comparing with it is exact."""
+        with np.errstate(over="ignore"):
+            limit = np.float32(self.max_abs)
+        return limit if float(limit) <= self.max_abs else np.nextafter(limit, np.float32(0))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the group's sums: ``(n,)`` int64, or ``(2, n)`` for the high and low halves of 128 bits."""
+        return (2, self.num_values) if self.kind is GroupKind.WIDE else (self.num_values,)
+
+    def multiplier(self, weight: int) -> int:
+        """What an update of this weight is multiplied by."""
+        return weight if self.weighting is Weighting.WEIGHT else 1
+
+    def total(self, weight: int, num_updates: int) -> int:
+        """Sum of the multipliers of so many updates of so much weight."""
+        return weight if self.weighting is Weighting.WEIGHT else num_updates
+
+    def require_room(self, weight: int, num_updates: int) -> None:
+        """Raise ``ValueOutOfRange`` if sums over so many updates of so much weight could overflow."""
+        if self.kind is not GroupKind.WIDE and self.max_q * self.total(weight, num_updates) > MAX_SUM:
+            raise ValueOutOfRange(
+                f"group {self.name!r}: {num_updates} updates of weight {weight} in all could exceed 64 bits"
+            )
+
+
+def choose_scale(max_abs: float, total_weight: int, kind: GroupKind = GroupKind.FIXED) -> int:
+    """Fraction bits for a group: 32, or as many as the caps allow.
+
+    Args:
+        max_abs: Cap on the magnitude of a value.
+        total_weight: Cap on the weights of one round, over all regions.
+        kind: What the group's sums are; a count has no fraction bits.
+    Raises:
+        ConfigError: The caps leave a ``fixed`` group fewer than 28 bits; names what to lower, and to what.
+    """
+    if kind is GroupKind.COUNT:
+        return 0
+    room = MAX_WIDE_Q if kind is GroupKind.WIDE else min(MAX_SUM // total_weight, MAX_WIDE_Q)
+    scale = BEST_SCALE
+    while scale > 0 and Fraction(max_abs) * 2**scale > room:
+        scale -= 1
+    if kind is GroupKind.FIXED and scale < LEAST_SCALE:
+        other = MAX_SUM // math.ceil(Fraction(max_abs) * 2**LEAST_SCALE)
+        raise ConfigError(
+            "arithmetic.max_abs",
+            max_abs,
+            f"leaves sums of weight {total_weight} fewer than {LEAST_SCALE} fraction bits: lower it to"
+            f" {room / 2**LEAST_SCALE:g}, or arithmetic.total_weight to {other}",
+        )
+    return scale
+
+
+def check_values(group: ColumnGroup, values: Float32Array, offset: int = 0) -> None:
+    """Refuse values that the group cannot hold. Clients call it before they send, intakes before they count.
+
+    Args:
+        group: Whose caps hold.
+        values: Part of the group's vector, shape ``(n,)``, float32.
+        offset: Index of the part's first value in the vector.
+    Raises:
+        ValueOutOfRange: Names vector, index and value of the first NaN, infinity, value above ``max_abs``, or
+            fraction in a count.
+    """
+    bad = kernels.active().first_out_of_range(values, group.limit)
+    if bad >= 0:
+        raise ValueOutOfRange(
+            f"vector {group.name!r}, value {offset + bad} is {values[bad]}:"
+            f" must be finite and at most {group.max_abs:g} in magnitude"
+        )
+    if group.kind is GroupKind.COUNT:
+        fractions = values != np.rint(values)
+        if fractions.any():
+            bad = int(np.argmax(fractions))
+            raise ValueOutOfRange(
+                f"vector {group.name!r}, value {offset + bad} is {values[bad]}: must be a whole number"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class PartialAggregate:
+    """Exact sums over the updates of one region, or of several regions added together.
+
+    Means cannot be merged, sums can: ``a + b == b + a``, ``empty(groups) + a == a``, and any grouping of clients
+    into regions has the same ``finish()``, bit for bit.
+    """
+
+    groups: tuple[ColumnGroup, ...]
+    sums: Mapping[str, Int64Array]
+    """Per group ``sum(multiplier * rint(value * 2**s))``, of the group's ``shape``. A wide group's second row is
+    the low half's 64 bits, read as int64."""
+    weight: int
+    """Sum of the aggregation weights."""
+    num_sites: int
+    """Distinct sites in the sum. Regions have no site in common, so it adds."""
+    num_updates: int
+    metrics: Mapping[str, int] = field(default_factory=dict)
+    """Sums of the declared metrics' integers."""
+
+    def __post_init__(self) -> None:
+        if set(self.sums) != {group.name for group in self.groups}:
+            raise LayoutMismatch(f"sums are {sorted(self.sums)}, the groups {[group.name for group in self.groups]}")
+        for group in self.groups:
+            array = self.sums[group.name]
+            if array.dtype != np.int64 or array.shape != group.shape:
+                raise LayoutMismatch(f"group {group.name!r} has {array.dtype} {array.shape}, not int64 {group.shape}")
+        if not 0 <= self.num_sites <= self.num_updates <= self.weight <= self.num_updates * MAX_WEIGHT:
+            raise ValueOutOfRange(
+                f"{self.num_updates} updates of {self.num_sites} sites cannot have weight {self.weight}"
+            )
+
+    @classmethod
+    def empty(cls, groups: tuple[ColumnGroup, ...]) -> PartialAggregate:
+        """The sum over nobody."""
+        return cls(groups, {group.name: np.zeros(group.shape, np.int64) for group in groups}, 0, 0, 0)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all sums in memory."""
+        return sum(array.nbytes for array in self.sums.values())
+
+    def __add__(self, other: PartialAggregate) -> PartialAggregate:
+        """The sum over the updates of both.
+
+        Raises:
+            LayoutMismatch: Other groups.
+            ValueOutOfRange: Sums beyond their bounds, or a result that could overflow.
+        """
+        if not isinstance(other, PartialAggregate):
+            return NotImplemented
+        total = Accumulator(self.groups)
+        total.add(self)
+        total.add(other)
+        return total.partial(self.num_sites + other.num_sites)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both are the same sums, bit for bit, over the same counts."""
+        if not isinstance(other, PartialAggregate):
+            return NotImplemented
+        return self._counts == other._counts and all(
+            np.array_equal(self.sums[group.name], other.sums[group.name]) for group in self.groups
+        )
+
+    __hash__ = None  # type: ignore[assignment]  # holds arrays
+
+    @property
+    def _counts(self) -> tuple[object, ...]:
+        return (self.groups, self.weight, self.num_sites, self.num_updates, dict(self.metrics))
+
+    def check_bounds(self, max_weight: int) -> None:
+        """Refuse sums that no updates within the caps can have: asked before a stranger's partial is added.
+
+        Args:
+            max_weight: Share of the round's total weight that the sender may fill.
+        Raises:
+            ValueOutOfRange: The weight is above its share, or names the group with a value out of bounds.
+        """
+        if self.weight > max_weight:
+            raise ValueOutOfRange(f"a partial aggregate of weight {self.weight} is above its share of {max_weight}")
+        for group in self.groups:
+            bound = group.max_q * group.total(self.weight, self.num_updates)
+            if not _within(group, self.sums[group.name], bound):
+                raise ValueOutOfRange(f"group {group.name!r} has a sum above what weight {self.weight} can make")
+
+    def finish(self) -> dict[str, Float64Array]:
+        """Means (or sums, for weighting ``none``) in the values' own units, shape ``(n,)``, float64, by group.
+
+        Raises:
+            ValueOutOfRange: No update is in the sum.
+        """
+        if not self.num_updates:
+            raise ValueOutOfRange("a sum over no update has no mean")
+        return {group.name: self._finish_group(group) for group in self.groups}
+
+    def _finish_group(self, group: ColumnGroup) -> Float64Array:
+        divisor = 1 if group.weighting is Weighting.NONE else group.total(self.weight, self.num_updates)
+        result = np.empty(group.num_values, np.float64)
+        for start in range(0, group.num_values, FINISH_BLOCK):
+            block = result[start : start + FINISH_BLOCK]
+            block[:] = _as_float64(group, self.sums[group.name][..., start : start + FINISH_BLOCK])
+            block /= float(divisor)
+            block *= 1.0 / 2**group.s  # exact
+        return result
+
+
+class Accumulator:
+    """Sums being made: one intake's, a region's over its intakes, or the controller's over its regions.
+
+    Not for two threads at once. After ``partial()`` it takes no more: the sums are handed over, not copied.
+    """
+
+    def __init__(self, groups: tuple[ColumnGroup, ...]) -> None:
+        self.groups = groups
+        self.weight = 0
+        self.num_updates = 0
+        self.metrics: dict[str, int] = {}
+        self._sums = {group.name: np.zeros(group.shape, np.int64) for group in groups}
+        self._handed_over = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all sums: depends on the model, not on the number of clients."""
+        return sum(array.nbytes for array in self._sums.values())
+
+    def fold(
+        self, vectors: Mapping[str, Sequence[Float32Array]], weight: int, metrics: Mapping[str, int] | None = None
+    ) -> None:
+        """Add one update, wholly or not at all.
+
+        Args:
+            vectors: Per group the chunks of its vector in order, each of shape ``(n,)``, float32; views on received
+                messages will do.
+            weight: The update's aggregation weight, 1 to ``MAX_WEIGHT``.
+            metrics: The update's quantised metrics.
+        Raises:
+            LayoutMismatch: Other vectors, lengths or dtypes than the groups'.
+            ValueOutOfRange: Names the value out of range, or the weight, metric or group without room.
+        """
+        self._require_open("fold")
+        if not 1 <= weight <= MAX_WEIGHT:
+            raise ValueOutOfRange(f"an update's weight is {weight}: must be from 1 to {MAX_WEIGHT}")
+        for group in self.groups:
+            group.require_room(self.weight + weight, self.num_updates + 1)
+        _check_chunks(self.groups, vectors)
+        summed = add_metrics(self.metrics, metrics or {})
+        self._fold_values(vectors, weight)
+        self.metrics = summed
+        self.weight += weight
+        self.num_updates += 1
+
+    def add(self, partial: PartialAggregate) -> None:
+        """Add sums made elsewhere, wholly or not at all.
+
+        Raises:
+            LayoutMismatch: Other groups.
+            ValueOutOfRange: Sums beyond their bounds, or a total that could overflow.
+        """
+        self._require_open("add")
+        if partial.groups != self.groups:
+            raise LayoutMismatch("a partial aggregate has other column groups than the plan's")
+        for group in self.groups:
+            group.require_room(self.weight + partial.weight, self.num_updates + partial.num_updates)
+        partial.check_bounds(partial.weight)
+        summed = add_metrics(self.metrics, partial.metrics)
+        for group in self.groups:
+            _add_sums(group, self._sums[group.name], partial.sums[group.name])
+        self.metrics = summed
+        self.weight += partial.weight
+        self.num_updates += partial.num_updates
+
+    def partial(self, num_sites: int) -> PartialAggregate:
+        """Hand the sums over, over ``num_sites`` distinct sites; nothing can be added afterwards."""
+        self._require_open("partial")
+        partial = PartialAggregate(self.groups, self._sums, self.weight, num_sites, self.num_updates, self.metrics)
+        self._handed_over = True
+        return partial
+
+    def _require_open(self, event: str) -> None:
+        if self._handed_over:
+            raise InvalidTransition("accumulator", "handed over", event)
+
+    def _fold_values(self, vectors: Mapping[str, Sequence[Float32Array]], weight: int) -> None:
+        folded: list[tuple[ColumnGroup, int, Float32Array]] = []
+        for group, offset, chunk in _placed(self.groups, vectors):
+            count = self._fold_chunk(group, offset, chunk, group.multiplier(weight))
+            folded.append((group, offset, chunk[:count]))
+            if count < chunk.size:
+                for done in folded:  # integers: taking them away again is exact
+                    self._fold_chunk(*done, -done[0].multiplier(weight))
+                check_values(group, chunk, offset)
+
+    def _fold_chunk(self, group: ColumnGroup, offset: int, chunk: Float32Array, multiplier: int) -> int:
+        stop = offset + chunk.size
+        sums, scale = self._sums[group.name], float(2**group.s)
+        if group.kind is GroupKind.WIDE:
+            high, low = sums[0, offset:stop], sums[1, offset:stop].view(np.uint64)
+            return kernels.active().fold_wide(high, low, chunk, group.limit, scale, multiplier)
+        return kernels.active().fold_fixed(sums[offset:stop], chunk, group.limit, scale, multiplier)
+
+
+def _placed(
+    groups: tuple[ColumnGroup, ...], vectors: Mapping[str, Sequence[Float32Array]]
+) -> Iterator[tuple[ColumnGroup, int, Float32Array]]:
+    """Every chunk with its group and the index of its first value."""
+    for group in groups:
+        offset = 0
+        for chunk in vectors[group.name]:
+            yield group, offset, chunk
+            offset += chunk.size
+
+
+def _check_chunks(groups: tuple[ColumnGroup, ...], vectors: Mapping[str, Sequence[Float32Array]]) -> None:
+    if set(vectors) != {group.name for group in groups}:
+        raise LayoutMismatch(f"vectors are {sorted(vectors)}, the plan has {[group.name for group in groups]}")
+    for group in groups:
+        chunks = vectors[group.name]
+        if any(chunk.dtype != np.float32 or chunk.ndim != 1 or not chunk.flags.c_contiguous for chunk in chunks):
+            raise LayoutMismatch(f"vector {group.name!r} must come as contiguous float32 chunks of one dimension")
+        length = sum(chunk.size for chunk in chunks)
+        if length != group.num_values:
+            raise LayoutMismatch(f"vector {group.name!r} has {length} values, the plan {group.num_values}")
+    for group, offset, chunk in _placed(groups, vectors):
+        if group.kind is GroupKind.COUNT:  # the fold itself does not look for fractions
+            check_values(group, chunk, offset)
+
+
+def _within(group: ColumnGroup, sums: Int64Array, bound: int) -> bool:
+    if group.kind is GroupKind.WIDE:
+        return limbs.within(sums, bound)
+    return not sums.size or (-bound <= int(sums.min()) and int(sums.max()) <= bound)
+
+
+def _add_sums(group: ColumnGroup, sums: Int64Array, other: Int64Array) -> None:
+    if group.kind is GroupKind.WIDE:
+        limbs.add_into(sums, other)
+    else:
+        sums += other
+
+
+def _as_float64(group: ColumnGroup, sums: Int64Array) -> Float64Array:
+    return limbs.as_float64(sums) if group.kind is GroupKind.WIDE else sums.astype(np.float64)

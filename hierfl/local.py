@@ -1,0 +1,261 @@
+"""A whole federation on one machine (``hierfl up``, ``hierfl demo``): the same programs, as processes.
+
+Nothing here takes a short cut: each program is started by its own command line, finds its kit on disk
+and meets the others over mutual TLS. What is kept lies in one state folder:
+
+    pki/ kits/        certificates (hierfl/provision.py)
+    controller/       the controller's store, blobs, commit records, traces
+    regions/<R>/      a combiner's zone store, blobs, traces
+    clients/<name>/   held updates and traces of one client process
+    ready/ logs/      where each program serves; what it said
+    up.json           who is running this federation now
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import sys
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from hierfl import provision
+from hierfl.config import FederationConfig, RegionConfig, SiteConfig
+from hierfl.errors import HierFLError, StoreLocked
+from hierfl.processes import Child, Program, kill_marked
+from hierfl.types import RegionId
+
+__all__ = ["OPERATOR", "Federation", "running", "serving"]
+
+OPERATOR = "admin"
+"""Name of the operator whose kit ``up`` makes."""
+CLIENTS_PER_PROCESS = 32
+"""Clients of one region and app that share a process; each keeps its own certificate and connection."""
+RESTART_FIRST_S, RESTART_MOST_S = 1.0, 30.0
+
+Say = Callable[[str], None]
+
+
+class Federation:
+    """The running processes of one federation. Made by ``serving``."""
+
+    def __init__(self, config: FederationConfig, state: Path, say: Say, *, restart: bool = True) -> None:
+        self.config = config
+        self.state = state
+        self.fleet = uuid.uuid4().hex
+        self.children: dict[str, Child] = {}
+        self._say = say
+        self._restart = restart
+        self._watchers: set[asyncio.Task[None]] = set()
+        self._addresses: dict[str, list[str]] = {}
+
+    @property
+    def operator_kit(self) -> Path:
+        return self.state / "kits" / "operators" / OPERATOR
+
+    @property
+    def controller_address(self) -> str:
+        return self._addresses["controller"][0]
+
+    async def start(self) -> None:
+        """Start the controller, then all combiners at once, then the clients; returns when all serve."""
+        self._say(f"certificates for {len(self.config.regions)} regions")
+        provision_all(self.config, self.state)
+        self._say("controller starting")
+        await self.start_controller()
+        names = ", ".join(region.name for region in self.config.regions)
+        self._say(f"combiners starting, each with its own Ray cluster: {names}")
+        async with asyncio.TaskGroup() as group:
+            for region in self.config.regions:
+                group.create_task(self.start_region(region.name))
+
+    async def start_controller(self) -> None:
+        """Start, or start again, the controller: on the address it had before."""
+        listen = self._listen("controller", self.config.controller.listen)[0]
+        options = ("--kit", self._kit("controller"), "--dir", self.state / "controller", "--listen", listen)
+        await self._start("controller", ["controller", "serve", *map(str, options)])
+
+    async def start_region(self, name: RegionId) -> None:
+        """Start a region's combiner, then its clients."""
+        await self.start_combiner(name)
+        await self.start_clients(name)
+
+    async def start_combiner(self, name: RegionId) -> None:
+        """Start, or start again, a region's combiner: on the addresses it had before."""
+        region = self.region(name)
+        listens = self._listen(f"combiner-{name}", *map(str, region.addresses))
+        options = [
+            *("--kit", self._kit("regions", name, "combiner"), "--dir", self.state / "regions" / name),
+            *("--controller", self.controller_address, "--intakes", region.intakes),
+            *("--k", region.k, "--max-share", region.max_share),
+            *(part for listen in listens for part in ("--listen", listen)),
+        ]
+        await self._start(f"combiner-{name}", ["combiner", "serve", *map(str, options)])
+        self._say(f"region {name} serves at {', '.join(self._addresses[f'combiner-{name}'])}")
+
+    async def start_clients(self, name: RegionId) -> None:
+        """Start a region's client processes."""
+        addresses = self._addresses[f"combiner-{name}"]
+        for number, sites in enumerate(_processes_of(self.region(name))):
+            kits = [self._kit("sites", name, site.name, client) for site in sites for client in _client_names(site)]
+            for kit in kits:
+                provision.set_addresses(kit, addresses)
+            process = f"clients-{name}-{number}"
+            options = ["--dir", str(self.state / "clients" / process)]
+            options += [part for kit in kits for part in ("--kit", str(kit))]
+            options += [part for item in sites[0].options.items() for part in ("--set", "=".join(item))]
+            options += ["--min-k", str(self.region(name).k)]
+            await self._start(process, ["client", "run", sites[0].app, *options], has_ready_line=False)
+
+    async def kill(self, name: str) -> None:
+        """SIGKILL one process with all that it started, and leave it dead."""
+        await self.children.pop(name).kill()
+
+    async def stop(self) -> None:
+        """End clients, combiners and controller, in this order; whatever is left is killed."""
+        for watcher in self._watchers:
+            watcher.cancel()
+        for prefix in ("clients-", "combiner-", "controller"):
+            stopping = [child.stop() for name, child in self.children.items() if name.startswith(prefix)]
+            await asyncio.gather(*stopping)
+        self.children.clear()
+        await asyncio.to_thread(kill_marked, self.fleet)
+
+    def region(self, name: RegionId) -> RegionConfig:
+        return next(region for region in self.config.regions if region.name == name)
+
+    # --- one process
+
+    async def _start(self, name: str, arguments: list[str], *, has_ready_line: bool = True) -> None:
+        program = Program(
+            name=name,
+            argv=[sys.executable, "-m", "hierfl", *arguments],
+            log=self.state / "logs" / f"{name}.log",
+            has_ready_line=has_ready_line,
+        )
+        child = self.children[name] = await Child.start(program, self.fleet)
+        if has_ready_line:
+            self._note_ready(name, await child.ready)
+        if self._restart:
+            watcher = asyncio.create_task(self._keep_up(child))
+            self._watchers.add(watcher)
+            watcher.add_done_callback(self._watchers.discard)
+
+    def _note_ready(self, name: str, document: dict[str, Any]) -> None:
+        self._addresses[name] = document["addresses"]
+        path = self.state / "ready" / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(document))
+
+    async def _keep_up(self, child: Child) -> None:
+        """Start a process again when it ends by itself, ever more slowly."""
+        pause_s = RESTART_FIRST_S
+        while self.children.get(child.name) is child:
+            status = await child.exited
+            if self.children.get(child.name) is not child:
+                return
+            await child.kill()  # what outlived it would hold its ports
+            self._say(
+                f"{child.name} ended (exit {status}); starting it again in {pause_s:.0f} s; log: {child.program.log}"
+            )
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, RESTART_MOST_S)
+            child = self.children[child.name] = await Child.start(child.program, self.fleet)
+
+    def _listen(self, name: str, *configured: str) -> list[str]:
+        """The addresses it had before, where it has run here already, so that its peers find it again."""
+        if any(not address.endswith(":0") for address in configured):
+            return list(configured)
+        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError, KeyError):
+            before = json.loads((self.state / "ready" / f"{name}.json").read_text())["addresses"]
+            if len(before) == len(configured):
+                return list(before)
+        return list(configured)
+
+    def _kit(self, *parts: str) -> Path:
+        return self.state.joinpath("kits", *parts)
+
+
+def _client_names(site: SiteConfig) -> list[str]:
+    return [f"client-{number}" for number in range(site.clients)]
+
+
+def _processes_of(region: RegionConfig) -> Iterator[list[SiteConfig]]:
+    """Sites with the same app and options share a process, up to a bound."""
+    groups: dict[tuple[str, tuple[tuple[str, str], ...]], list[SiteConfig]] = {}
+    for site in region.sites:
+        groups.setdefault((site.app, tuple(site.options.items())), []).append(site)
+    for sites in groups.values():
+        yield from (sites[n : n + CLIENTS_PER_PROCESS] for n in range(0, len(sites), CLIENTS_PER_PROCESS))
+
+
+def provision_all(config: FederationConfig, state: Path) -> None:
+    """Make what certificates are missing; those that are there stay."""
+    provision.init(state, config.name)
+    provision.add_operator(state, OPERATOR)
+    for region in config.regions:
+        provision.add_region(state, region.name)
+        for site in region.sites:
+            provision.add_site(state, region.name, site.name, clients=site.clients)
+
+
+@asynccontextmanager
+async def serving(
+    config: FederationConfig, state: Path, say: Say, *, restart: bool = True
+) -> AsyncIterator[Federation]:
+    """A federation, started; stopped at the end, also when starting failed or was interrupted.
+
+    Raises:
+        StoreLocked: This state folder's federation is running already.
+    """
+    state.mkdir(parents=True, exist_ok=True)
+    federation = Federation(config, state, say, restart=restart)
+    with _claim(state, federation.fleet):
+        try:
+            await federation.start()
+            yield federation
+        except* HierFLError as group:
+            raise _first(group) from None
+        finally:
+            await asyncio.shield(federation.stop())
+
+
+def _first(group: BaseExceptionGroup[HierFLError]) -> HierFLError:
+    """The first of several failures: one clear line is worth more than all of them."""
+    error = group.exceptions[0]
+    return _first(error) if isinstance(error, BaseExceptionGroup) else error
+
+
+@contextlib.contextmanager
+def _claim(state: Path, fleet: str) -> Iterator[None]:
+    """Hold the state folder; what a killed predecessor left running is ended first."""
+    import fcntl
+
+    with (state / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StoreLocked(f"the federation in {state} is running already; stop it with `hierfl down`") from None
+        note = state / "up.json"
+        if note.exists():
+            with contextlib.suppress(json.JSONDecodeError, KeyError):
+                kill_marked(json.loads(note.read_text())["fleet"])
+        note.write_text(json.dumps({"schema": "hierfl.up/1", "pid": os.getpid(), "fleet": fleet}))
+        try:
+            yield
+        finally:
+            note.unlink(missing_ok=True)
+
+
+def running(state: Path) -> dict[str, Any] | None:
+    """Who runs the federation of this state folder: its ``up.json``; None where nobody does."""
+    try:
+        document: dict[str, Any] = json.loads((state / "up.json").read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    return document

@@ -1,0 +1,196 @@
+"""What a strategy is, and the parts that strategies share.
+
+After the sum only IEEE float64 operations with one right answer: elementwise ``+ - * /``, ``sqrt``, comparison
+and casts. No BLAS, no ``**``, ``exp`` or ``log`` on arrays: those differ by machine and number of threads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple, Protocol, cast
+
+import numpy as np
+
+from hierfl import kernels
+from hierfl.aggregation import ColumnGroup, GroupKind, PartialAggregate, Weighting, choose_scale
+from hierfl.errors import ConfigError, ConfigErrors, StoreDamaged, ValueOutOfRange
+from hierfl.layout import Layout
+from hierfl.types import Float32Array, Float64Array
+
+__all__ = [
+    "FLAG",
+    "FRACTION",
+    "NOT_NEGATIVE",
+    "POSITIVE",
+    "Rule",
+    "State",
+    "Strategy",
+    "Vectors",
+    "check_options",
+    "delta_groups",
+    "moved",
+    "power",
+    "train_part",
+    "zeros_like_train",
+]
+
+Vectors = Mapping[str, Float32Array]
+"""A model as its layout's flat vectors, each of shape ``(n,)``."""
+
+MEAN_MAX_ABS = 2.0**20
+FLOAT32_MAX = np.finfo(np.float32).max
+STEP = "step"
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """What a strategy remembers between rounds: how many rounds it has applied, and named vectors."""
+
+    step: int = 0
+    arrays: Mapping[str, Float64Array] = field(default_factory=dict)
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """Everything as named arrays, for a safetensors blob; ``step`` is 0-d, int64."""
+        return {STEP: np.array(self.step, np.int64), **self.arrays}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> State:
+        """Read what ``to_arrays`` gave.
+
+        Raises:
+            StoreDamaged: It is not that.
+        """
+        step = arrays.get(STEP)
+        if step is None or step.dtype != np.int64 or step.shape != () or step < 0:
+            raise StoreDamaged("a strategy's state has no count of its steps")
+        vectors = {name: array for name, array in arrays.items() if name != STEP}
+        for name, array in vectors.items():
+            if array.dtype != np.float64:
+                raise StoreDamaged(f"a strategy's state has {name!r} as {array.dtype}, not float64")
+        return cls(int(step), vectors)
+
+
+class Strategy(Protocol):
+    """Turns the sum over all regions into the next global model.
+
+    It sees sums, never one client's update, so it needs no access to any zone. A strategy is a frozen, keyword-only
+    dataclass of its options, which checks them in ``__post_init__``.
+    """
+
+    exact_in_two_tiers: ClassVar[bool]
+    """Whether the model's bits do not depend on the grouping of clients into regions."""
+
+    def column_groups(
+        self, layout: Layout, *, max_abs: float = 8.0, total_weight: int = 2**27
+    ) -> tuple[ColumnGroup, ...]:
+        """What clients send and how it is summed, from the job's caps."""
+        ...
+
+    def client_part(self) -> Mapping[str, float]:
+        """Numbers that the clients' training needs, such as ``proximal_mu``."""
+        ...
+
+    def init(self, params: Vectors) -> State:
+        """The state before the first round."""
+        ...
+
+    def apply(self, params: Vectors, total: PartialAggregate, state: State) -> tuple[dict[str, Float32Array], State]:
+        """The next model and state; ``params`` and ``state`` stay as they are."""
+        ...
+
+
+def delta_groups(layout: Layout, max_abs: float, total_weight: int) -> tuple[ColumnGroup, ...]:
+    """One group for each of the layout's vectors: ``train`` fixed within ``max_abs``, ``mean`` wide within 2**20.
+
+    Raises:
+        ConfigError: The caps leave too few fraction bits; names what to lower.
+    """
+    forms = {"train": (GroupKind.FIXED, max_abs), "mean": (GroupKind.WIDE, MEAN_MAX_ABS)}
+    return tuple(
+        ColumnGroup(
+            name=name,
+            kind=forms[name][0],
+            s=choose_scale(forms[name][1], total_weight, forms[name][0]),
+            max_abs=forms[name][1],
+            weighting=Weighting.WEIGHT,
+            num_values=size,
+        )
+        for name, size in layout.vectors.items()
+    )
+
+
+def train_part(vectors: Mapping[str, Float64Array]) -> Float64Array:
+    """The vector that strategies act on; without values where the layout has no such vector."""
+    return vectors.get("train", np.empty(0, np.float64))
+
+
+def zeros_like_train(params: Vectors) -> Float64Array:
+    """As many float64 zeros as ``train`` has values."""
+    return np.zeros(params["train"].size if "train" in params else 0, np.float64)
+
+
+def moved(params: Vectors, steps: Mapping[str, Float64Array]) -> dict[str, Float32Array]:
+    """The next model, ``float32(params + step)``, vector by vector.
+
+    Raises:
+        ValueOutOfRange: A value of it would not be finite.
+    """
+    model: dict[str, Float32Array] = {}
+    for name, vector in params.items():
+        with np.errstate(over="ignore", invalid="ignore"):  # looked for below
+            model[name] = (vector + steps[name]).astype(np.float32)
+        bad = kernels.active().first_out_of_range(model[name], FLOAT32_MAX)
+        if bad >= 0:
+            raise ValueOutOfRange(
+                f"value {bad} of vector {name!r} would become {model[name][bad]}; try a lower learning rate"
+            )
+    return model
+
+
+def power(base: float, exponent: int) -> float:
+    """``base`` times itself by repeated multiplication, left to right: the same bits everywhere, unlike ``**``."""
+    product = 1.0
+    for _ in range(exponent):
+        product *= base
+    return product
+
+
+class Rule(NamedTuple):
+    """What an option must be, as a test and as the words of its error."""
+
+    holds: Callable[[object], bool]
+    words: str
+
+
+def _number(holds: Callable[[float], bool]) -> Callable[[object], bool]:
+    def test(value: object) -> bool:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return is_number and math.isfinite(cast("float", value)) and holds(cast("float", value))
+
+    return test
+
+
+POSITIVE = Rule(_number(lambda value: value > 0), "must be a number above 0")
+NOT_NEGATIVE = Rule(_number(lambda value: value >= 0), "must be a number, at least 0")
+FRACTION = Rule(_number(lambda value: 0 <= value < 1), "must be a number from 0 to below 1")
+FLAG = Rule(lambda value: isinstance(value, bool), "must be true or false")
+
+
+def check_options(strategy: object, **rules: Rule) -> None:
+    """Hold a strategy's options against their rules.
+
+    Raises:
+        ConfigError: Names the option that breaks its rule, ``strategy.OPTION``; ``ConfigErrors`` if several do.
+    """
+    values = {option: getattr(strategy, option) for option in rules}
+    errors = [
+        ConfigError(f"strategy.{option}", values[option], rule.words)
+        for option, rule in rules.items()
+        if not rule.holds(values[option])
+    ]
+    if len(errors) > 1:
+        raise ConfigErrors(tuple(errors))
+    if errors:
+        raise errors[0]

@@ -1,0 +1,276 @@
+"""Stores: ``StoreRules`` holds for each of them; what is SQLite's own follows."""
+
+from __future__ import annotations
+
+import sqlite3
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from controller.rows import AnswerRow, AttemptRow, ModelRow, RegionRow, RoundRow, RunRow
+from controller.store import SCHEMA_VERSION, SqliteStore
+from hierfl.aggregation import ColumnGroup, GroupKind, Weighting
+from hierfl.errors import DiskFull, InvalidTransition, StaleEpoch, StoreDamaged, StoreLocked, StoreTooNew
+from hierfl.job import Job, JobHead
+from hierfl.plan import TaskSpec
+from hierfl.records import PartialHead
+from hierfl.rounds import CollectionClosed, QuorumUnreachable, RoundState
+from hierfl.runs import RunCancelled, RunFinished, RunPaused, RunStarted, RunState
+from hierfl.types import AttemptKey, ModelHash, RegionId, RunId, TaskKind
+
+RUN, EU, US = RunId("digits-1"), RegionId("eu"), RegionId("us")
+GROUPS = (ColumnGroup(name="train", kind=GroupKind.FIXED, s=32, max_abs=8.0, weighting=Weighting.WEIGHT, num_values=3),)
+
+
+def run_row(run=RUN, **changes) -> RunRow:
+    usual = RunRow(
+        run=run,
+        request_id="q",
+        job=Job(job=JobHead(name="digits", app="digits", rounds=3), app={"lr": 0.1, "sizes": [1, 2]}),
+        regions=(EU, US),
+        groups=GROUPS,
+        exact_in_two_tiers=True,
+        layout_hash="b" * 64,
+        submitted_unix_ns=5,
+        model_hash=ModelHash("a" * 64),
+    )
+    return replace(usual, **changes)
+
+
+def attempt_row(round_number=1, attempt=1, task=TaskKind.TRAIN) -> AttemptRow:
+    spec = TaskSpec(
+        kind=task,
+        app="digits",
+        app_version="",
+        config={"lr": 0.1},
+        client_part={"proximal_mu": 0.01},
+        groups=GROUPS,
+        metrics=(),
+        evaluate=True,
+    )
+    return AttemptRow(
+        run=RUN,
+        task=task,
+        round=round_number,
+        attempt=attempt,
+        spec=spec,
+        base_version=0,
+        base_hash=ModelHash("a" * 64),
+        traceparent="",
+        opened_unix_ns=6,
+    )
+
+
+def answer_row(region=EU, round_number=1, attempt=1, digest="blake3:00") -> AnswerRow:
+    head = PartialHead(
+        region=region,
+        base_model_hash=ModelHash("a" * 64),
+        task_hash="t",
+        groups=GROUPS,
+        weight=4,
+        num_sites=2,
+        num_updates=2,
+        metrics={"num_examples": 4},
+        region_epoch=1,
+        seal_id="s",
+    )
+    key = AttemptKey(RUN, TaskKind.TRAIN, round_number, attempt)
+    return AnswerRow(
+        run=key.run,
+        task=key.task,
+        round=key.round,
+        attempt=key.attempt,
+        region=region,
+        received_unix_ns=7,
+        digest=digest,
+        head=head,
+        blob="sha256:11",
+        size_bytes=100,
+    )
+
+
+def model_row(version=1) -> ModelRow:
+    return ModelRow(
+        run=RUN,
+        version=version,
+        model_hash=ModelHash("a" * 64),
+        layout_hash="b" * 64,
+        num_params=3,
+        size_bytes=12,
+        committed_unix_ns=8,
+        record=b"{}",
+        signature=b"\x00\xff",
+        certificate=b"c",
+    )
+
+
+def round_row(number=1, task=TaskKind.TRAIN) -> RoundRow:
+    return RoundRow(
+        run=RUN,
+        task=task,
+        round=number,
+        attempt=1,
+        version=number,
+        model_hash=ModelHash("a" * 64),
+        weight=4,
+        num_sites=2,
+        num_updates=2,
+        metrics={"train_loss": 0.5},
+        seconds=0.1,
+        committed_unix_ns=8,
+    )
+
+
+class StoreRules:
+    """What every store keeps to. A subclass gives ``open_store``: each call opens the one store of the test."""
+
+    def test_every_row_comes_back_as_it_was_after_a_restart(self, open_store):
+        store = open_store()
+        epoch = store.lead()
+        store.write(
+            epoch,
+            run_row(),
+            attempt_row(),
+            answer_row(),
+            answer_row(US),
+            model_row(),
+            round_row(),
+            RegionRow(region=EU, region_epoch=3, store_id="z"),
+        )
+        identity = store.store_id
+        store.close()
+        store = open_store()
+        assert store.store_id == identity
+        assert store.runs() == [run_row()]
+        assert store.attempts(RUN, TaskKind.TRAIN, 1) == [attempt_row()]
+        assert store.answers(attempt_row().key) == [answer_row(), answer_row(US)]
+        assert store.models(RUN) == [model_row()]
+        assert store.rounds(RUN) == [round_row()]
+        assert store.regions() == [RegionRow(region=EU, region_epoch=3, store_id="z")]
+
+    def test_rows_come_in_the_order_of_their_numbers(self, open_store):
+        store = open_store()
+        epoch = store.lead()
+        store.write(epoch, round_row(11, TaskKind.EVALUATE), *(round_row(n) for n in (10, 2, 1)))
+        store.write(epoch, *(model_row(n) for n in (10, 9, 0)), attempt_row(1, 10), attempt_row(1, 9), attempt_row(10))
+        assert [row.round for row in store.rounds(RUN)] == [1, 2, 10, 11]
+        assert [row.version for row in store.models(RUN)] == [0, 9, 10]
+        assert [row.attempt for row in store.attempts(RUN, TaskKind.TRAIN, 1)] == [9, 10]
+
+    def test_rows_of_one_run_round_or_attempt_are_not_those_of_another(self, open_store):
+        store = open_store()
+        epoch = store.lead()
+        store.write(epoch, model_row(), answer_row(attempt=1), answer_row(attempt=11), run_row(), run_row(RunId("b")))
+        assert store.models(RunId("digits")) == []
+        assert len(store.answers(AttemptKey(RUN, TaskKind.TRAIN, 1, 1))) == 1
+        assert store.answers(AttemptKey(RUN, TaskKind.EVALUATE, 1, 1)) == []
+        assert [row.run for row in store.runs()] == ["b", RUN]
+
+    def test_each_leader_has_a_higher_epoch_than_all_before(self, open_store):
+        store = open_store()
+        assert store.lead() == 1
+        assert store.lead(at_least=7) == 8
+        store.close()
+        assert open_store().lead(at_least=3) == 9
+
+    def test_a_replaced_leader_changes_nothing(self, open_store):
+        store = open_store()
+        old = store.lead()
+        store.lead()
+        with pytest.raises(StaleEpoch):
+            store.write(old, run_row())
+        assert store.runs() == []
+
+    def test_a_write_is_all_or_nothing(self, open_store):
+        store = open_store()
+        epoch = store.lead()
+        store.write(epoch, answer_row())
+        with pytest.raises(StoreDamaged):
+            store.write(epoch, run_row(), answer_row(digest="blake3:01"))
+        assert store.runs() == []
+        assert store.answers(attempt_row().key) == [answer_row()]
+
+    def test_what_is_written_once_may_be_written_again_unchanged(self, open_store):
+        store = open_store()
+        epoch = store.lead()
+        for _ in range(2):
+            store.write(epoch, answer_row(), model_row(), round_row())
+        assert len(store.models(RUN)) == 1
+
+    def test_what_moves_on_is_replaced(self, open_store):
+        store = open_store()
+        epoch = store.lead()
+        store.write(epoch, run_row(), attempt_row())
+        store.write(epoch, run_row().after(RunStarted()), attempt_row().after(CollectionClosed(regions=(EU,))))
+        assert store.runs()[0].state is RunState.RUNNING
+        assert store.attempts(RUN, TaskKind.TRAIN, 1)[0].state is RoundState.MERGING
+
+
+class TestSqliteStore(StoreRules):
+    @pytest.fixture
+    def open_store(self, tmp_path):
+        opened = []
+
+        def open_one() -> SqliteStore:
+            opened.append(SqliteStore(tmp_path / "dir" / "controller.sqlite", "fed"))
+            return opened[-1]
+
+        yield open_one
+        for store in opened:
+            store.close()
+
+    def test_a_second_process_is_refused_while_the_first_has_it(self, open_store, tmp_path):
+        open_store()
+        with pytest.raises(StoreLocked):
+            SqliteStore(tmp_path / "dir" / "controller.sqlite", "fed")
+        code = (
+            "import sys; from controller.store import SqliteStore; from hierfl.errors import StoreLocked\n"
+            "from pathlib import Path\n"
+            "try: SqliteStore(Path(sys.argv[1]), 'fed')\n"
+            "except StoreLocked: print('locked')"
+        )
+        path = str(tmp_path / "dir" / "controller.sqlite")
+        done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
+        assert done.stdout == "locked\n"
+
+    def test_a_store_of_a_later_release_is_refused(self, open_store, tmp_path):
+        open_store().close()
+        with sqlite3.connect(tmp_path / "dir" / "controller.sqlite") as db:
+            db.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
+        db.close()
+        with pytest.raises(StoreTooNew):
+            open_store()
+
+    def test_another_federations_store_is_refused(self, open_store, tmp_path):
+        open_store().close()
+        with pytest.raises(StoreDamaged, match="'fed'"):
+            SqliteStore(tmp_path / "dir" / "controller.sqlite", "other")
+
+    def test_a_file_that_is_no_store_is_refused(self, tmp_path):
+        (tmp_path / "controller.sqlite").write_bytes(b"something else" * 1000)
+        with pytest.raises(StoreDamaged):
+            SqliteStore(tmp_path / "controller.sqlite", "fed")
+
+    def test_a_full_disk_is_said_and_changes_nothing(self, open_store):
+        store = open_store()
+        epoch = store.lead()
+        pages = store._db.execute("PRAGMA page_count").fetchone()[0]
+        store._db.execute(f"PRAGMA max_page_count = {pages + 1}")
+        with pytest.raises(DiskFull):
+            store.write(epoch, *(replace(model_row(n), record=b"x" * 1000) for n in range(50)))
+        assert store.models(RUN) == []
+        store._db.execute("PRAGMA max_page_count = 1000000")
+        store.write(epoch, model_row())
+
+
+def test_a_row_keeps_the_reason_of_its_event_and_the_time_of_its_end():
+    running = run_row().after(RunStarted())
+    paused = running.after(RunPaused(reason="why"))
+    assert (paused.reason, paused.ended_unix_ns) == ("why", 0)
+    ended = paused.after(RunCancelled(), now_unix_ns=9)
+    assert (ended.state, ended.reason, ended.ended_unix_ns) == (RunState.CANCELLED, "", 9)
+    assert attempt_row().after(QuorumUnreachable(reason="far")).reason == "far"
+    with pytest.raises(InvalidTransition):
+        ended.after(RunFinished())
