@@ -29,7 +29,7 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/buf lint hierfl/wire
-	$(BIN)/buf breaking hierfl/wire --against hierfl/wire/baseline
+	$(BIN)/buf breaking hierfl/wire --against .ci/wire-baseline
 
 bench: setup
 	$(BIN)/python -m benchmarks
@@ -39,5 +39,5 @@ ci:
 
 # The wire as released, which later ones must not break. Only after a release, or before the first.
 wire-baseline:
-	mkdir -p hierfl/wire/baseline
-	cp hierfl/wire/hierfl.proto hierfl/wire/baseline/
+	mkdir -p .ci/wire-baseline
+	cp hierfl/wire/hierfl.proto .ci/wire-baseline/

@@ -20,10 +20,18 @@ from hierfl.runs import OpenAttempt, RunView
 from hierfl.strategies import Strategy
 from hierfl.types import ModelHash, RegionId, RunId, TaskKind
 
-__all__ = ["new_attempt", "new_run", "plan_for", "region_weight", "run_id", "run_view", "strategy_of"]
+__all__ = [
+    "BYTES_PER_VALUE",
+    "new_attempt",
+    "new_run",
+    "plan_for",
+    "run_id",
+    "run_view",
+    "strategy_of",
+]
 
 BYTES_PER_VALUE = 4
-"""Of an update's float32."""
+"""Models and updates travel as float32."""
 
 
 def run_id(job: Job, random_hex: str) -> RunId:
@@ -73,12 +81,13 @@ def new_run(
         groups=strategy.column_groups(layout, max_abs=caps.max_abs, total_weight=caps.total_weight),
         exact_in_two_tiers=strategy.exact_in_two_tiers,
         layout_hash=layout.hash,
+        num_params=layout.num_params,
         submitted_unix_ns=now_unix_ns,
         model_hash=model_hash,
     )
 
 
-def new_attempt(run: RunRow, wish: OpenAttempt, *, traceparent: str, now_unix_ns: int) -> AttemptRow:
+def new_attempt(run: RunRow, wish: OpenAttempt, *, now_unix_ns: int) -> AttemptRow:
     """The attempt that a decision asks for, on the run's current model."""
     return AttemptRow(
         run=run.run,
@@ -88,7 +97,6 @@ def new_attempt(run: RunRow, wish: OpenAttempt, *, traceparent: str, now_unix_ns
         spec=_task_spec(run, wish),
         base_version=run.version,
         base_hash=run.model_hash,
-        traceparent=traceparent,
         opened_unix_ns=now_unix_ns,
     )
 
@@ -108,14 +116,14 @@ def _task_spec(run: RunRow, wish: OpenAttempt) -> TaskSpec:
     )
 
 
-def region_weight(run: RunRow) -> int:
+def _region_weight(run: RunRow) -> int:
     """A region's share of a round's weight: equal, and of all provisioned regions, whoever is alive."""
     return run.job.arithmetic.total_weight // len(run.regions)
 
 
 def plan_for(run: RunRow, attempt: AttemptRow, region: RegionId, federation: str) -> Plan:
     """What one region is asked in an attempt. The same values give the same bytes: it can be signed again."""
-    num_values = sum(group.num_values for group in run.groups)
+    upload_values = sum(group.num_values for group in run.groups)
     return Plan(
         federation=federation,
         region=region,
@@ -128,23 +136,18 @@ def plan_for(run: RunRow, attempt: AttemptRow, region: RegionId, federation: str
             version=attempt.base_version,
             model_hash=attempt.base_hash,
             layout_hash=run.layout_hash,
-            size_bytes=num_values * BYTES_PER_VALUE,
+            size_bytes=run.num_params * BYTES_PER_VALUE,
         ),
         caps=Caps(
             max_weight=run.job.arithmetic.max_weight,
-            region_weight=region_weight(run),
-            max_upload_bytes=max_transfer_bytes(num_values * BYTES_PER_VALUE),
+            region_weight=_region_weight(run),
+            max_upload_bytes=upload_values * BYTES_PER_VALUE,
         ),
         k=run.job.arithmetic.k,
         min_clients=run.job.round.min_clients,
         report_timeout_s=run.job.round.report_timeout_s,
         hold_s=run.job.round.hold_s,
     )
-
-
-def max_transfer_bytes(values_bytes: int) -> int:
-    """Most bytes of a transfer of so many bytes of values: framing is below a sixteenth and 1 MiB."""
-    return values_bytes + values_bytes // 16 + 2**20
 
 
 def run_view(run: RunRow, attempts: int, regions: tuple[RegionView, ...], *, retry_due: bool) -> RunView:

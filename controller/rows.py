@@ -33,6 +33,8 @@ class RunRow:
     """Vectors of an update, fixed when it was submitted."""
     exact_in_two_tiers: bool
     layout_hash: str
+    num_params: int
+    """Values of a model."""
     submitted_unix_ns: int
     state: RunState = RunState.SUBMITTED
     reason: str = ""
@@ -69,7 +71,6 @@ class AttemptRow:
     """As offered: a controller that adopts the attempt signs the same plan again."""
     base_version: int
     base_hash: ModelHash
-    traceparent: str
     opened_unix_ns: int
     state: RoundState = RoundState.COLLECTING
     reason: str = ""

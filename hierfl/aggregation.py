@@ -140,12 +140,13 @@ def choose_scale(max_abs: float, total_weight: int, kind: GroupKind = GroupKind.
     while scale > 0 and Fraction(max_abs) * 2**scale > room:
         scale -= 1
     if kind is GroupKind.FIXED and scale < LEAST_SCALE:
+        largest = math.floor(room / 2**LEAST_SCALE * 1000) / 1000
         other = MAX_SUM // math.ceil(Fraction(max_abs) * 2**LEAST_SCALE)
         raise ConfigError(
             "arithmetic.max_abs",
             max_abs,
             f"leaves sums of weight {total_weight} fewer than {LEAST_SCALE} fraction bits: lower it to"
-            f" {room / 2**LEAST_SCALE:g}, or arithmetic.total_weight to {other}",
+            f" {largest:g}, or arithmetic.total_weight to {other}",
         )
     return scale
 

@@ -89,9 +89,7 @@ def make_layout(params: Any, tensors: str | Sequence[str] = "all") -> tuple[Layo
     return layout, layout.flatten(arrays)
 
 
-def _roles(
-    params: Any, arrays: Mapping[str, np.ndarray], tensors: str | Sequence[str]
-) -> dict[str, Role]:
+def _roles(params: Any, arrays: Mapping[str, np.ndarray], tensors: str | Sequence[str]) -> dict[str, Role]:
     everything = _helper_roles(params, trainable_only=False) or {n: default_role(n, a) for n, a in arrays.items()}
     trainable = _helper_roles(params, trainable_only=True) or everything
     if tensors in ("all", "trainable"):

@@ -33,6 +33,7 @@ def run_row(run=RUN, **changes) -> RunRow:
         groups=GROUPS,
         exact_in_two_tiers=True,
         layout_hash="b" * 64,
+        num_params=3,
         submitted_unix_ns=5,
         model_hash=ModelHash("a" * 64),
     )
@@ -58,7 +59,6 @@ def attempt_row(round_number=1, attempt=1, task=TaskKind.TRAIN) -> AttemptRow:
         spec=spec,
         base_version=0,
         base_hash=ModelHash("a" * 64),
-        traceparent="",
         opened_unix_ns=6,
     )
 

@@ -122,12 +122,12 @@ def test_an_unknown_strategy_is_refused_and_the_near_one_named(write):
 
 @pytest.mark.parametrize("value", ["1979-05-27", "nan", "inf", "[1, nan]", "{ a = 07:32:00 }"])
 def test_free_values_that_no_document_can_carry_are_refused(write, value):
-    with pytest.raises(ConfigError, match="app.x .*must be text, a number, true or false, a list or a table"):
+    with pytest.raises(ConfigError, match=r"app\.x .*must be text, a number, true or false, a list or a table"):
         load_job(write(JOB + f"[app]\nx = {value}\n"))
 
 
 def test_a_number_must_be_finite(write):
-    with pytest.raises(ConfigError, match="round.hold_s = inf must be a number"):
+    with pytest.raises(ConfigError, match=r"round\.hold_s = inf must be a number"):
         load_job(write(JOB + "[round]\nhold_s = inf\n"))
 
 

@@ -12,7 +12,8 @@ from hierfl.errors import ConfigError, ConfigErrors, HierFLError, NotFound
 from hierfl.explain import error_classes, explain, pages
 
 CLASSES = sorted(
-    (kind for kind in error_classes() if kind.__module__ == "hierfl.errors"), key=lambda kind: (kind.code, kind.__name__)
+    (kind for kind in error_classes() if kind.__module__ == "hierfl.errors"),
+    key=lambda kind: (kind.code, kind.__name__),
 )
 
 EXIT_CODES = {0, 1, 2, 3, 4, 5, 6, 7, 8, 130}

@@ -1,0 +1,93 @@
+"""Fetched models, shared by the clients of a process; and the app's own model, made once a run to compare.
+
+Only what has the hash that a signed plan names is kept, so it does not matter who sent it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from hierfl.client.app import App
+from hierfl.client.params import call_init, check_app_model
+from hierfl.client.work import failing_with
+from hierfl.layout import Layout
+from hierfl.plan import Plan
+from hierfl.types import Float32Array, ModelHash
+from hierfl.wire import transfer
+from hierfl.wire.models import layout_of
+
+__all__ = ["FetchedModel", "ModelCache", "OwnModels"]
+
+KEEP_MODELS = 2
+"""Of rounds: a slow client may still work on the one before."""
+
+
+@dataclass(frozen=True)
+class FetchedModel:
+    """A model as the run has it: flat float32 vectors, not to be changed."""
+
+    layout: Layout
+    vectors: Mapping[str, Float32Array]
+
+
+class ModelCache:
+    """The newest models by their hash. Clients that want the same one at once fetch it once."""
+
+    def __init__(self) -> None:
+        self._models: dict[ModelHash, FetchedModel] = {}
+        self._locks: dict[ModelHash, asyncio.Lock] = {}
+
+    async def get(
+        self, plan: Plan, fetch: Callable[[str, transfer.Expect], Awaitable[transfer.Incoming]]
+    ) -> FetchedModel:
+        """The model that the plan starts from.
+
+        Raises:
+            HierFLError: It could not be fetched, or is another.
+        """
+        wanted = plan.base.model_hash
+        async with self._locks.setdefault(wanted, asyncio.Lock()):
+            if wanted not in self._models:
+                expect = transfer.Expect("model", plan.base.layout_hash, None, plan.base.size_bytes)
+                incoming = await fetch(wanted, expect)
+                self._models[wanted] = await asyncio.to_thread(_taken, incoming)
+            model = self._models[wanted] = self._models.pop(wanted)  # the newest last
+        self._forget_oldest()
+        return model
+
+    def _forget_oldest(self) -> None:
+        for old in list(self._models)[:-KEEP_MODELS]:
+            del self._models[old]
+            if not self._locks[old].locked():
+                del self._locks[old]
+
+
+def _taken(incoming: transfer.Incoming) -> FetchedModel:
+    vectors = incoming.vectors()
+    for vector in vectors.values():
+        vector.flags.writeable = False
+    return FetchedModel(layout_of(incoming), vectors)
+
+
+class OwnModels:
+    """The app's ``init``, called once a run and compared with its layout; keeps the local tensors it gave."""
+
+    def __init__(self) -> None:
+        self._first: dict[tuple[str, str], Mapping[str, np.ndarray]] = {}
+
+    def local_of(self, app: App, plan: Plan, layout: Layout) -> Mapping[str, np.ndarray]:
+        """A run's local tensors before its first round; on a thread where user code may run.
+
+        Raises:
+            TaskFailed: The app's model is not the run's.
+        """
+        key = (plan.run, plan.base.layout_hash)
+        if key not in self._first:
+            with failing_with("layout_mismatch"):
+                made = call_init(app, plan.task.config, plan.seed)
+                self._first[key] = check_app_model(layout, made)
+        return self._first[key]
