@@ -6,19 +6,22 @@ side knows of the other.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
 from hierfl.aggregation import PartialAggregate
+from hierfl.plan import Plan
 from hierfl.receipts import Reason, Receipt
-from hierfl.types import AttemptKey, ClientRef, Float32Array, ModelHash, UpdateKey
+from hierfl.types import AttemptKey, ClientRef, ModelHash, UpdateKey
 
 __all__ = [
     "Answer",
     "App",
     "Claim",
     "ClaimAnswer",
+    "ClientView",
     "Connection",
     "HandOver",
     "IntakePort",
@@ -30,6 +33,7 @@ __all__ = [
     "Report",
     "Tick",
     "TickReply",
+    "serves",
 ]
 
 
@@ -39,6 +43,12 @@ class App:
 
     name: str
     version: str
+
+
+def serves(apps: Iterable[App], plan: Plan) -> bool:
+    """Whether one of ``apps`` is the plan's."""
+    task = plan.task
+    return any(app.name == task.app and task.app_version in ("", app.version) for app in apps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,11 +158,21 @@ class HandOver:
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A model as it is served: layout document and flat vectors by name."""
+    """A model as it is served: the frames of its transfer, header to trailer, as they were checked."""
 
     model_hash: ModelHash
-    layout: bytes
-    vectors: dict[str, Float32Array] = field(default_factory=dict)
+    frames: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientView:
+    """A connected client, for operators of the region only."""
+
+    client: ClientRef
+    apps: tuple[App, ...]
+    state: str
+    """``"waiting"``, ``"working"``, ``"uploading"``, ``"reported"``."""
+    connected_for_s: float
 
 
 class RegionPort(Protocol):
@@ -161,6 +181,7 @@ class RegionPort(Protocol):
     async def register(self, name: str, address: str, port: IntakePort) -> Registration: ...
     async def tick(self, incarnation: str, tick: Tick) -> TickReply: ...
     async def model(self, model_hash: ModelHash) -> Model | None: ...
+    async def clients(self) -> tuple[ClientView, ...]: ...
 
 
 class IntakePort(Protocol):

@@ -11,7 +11,7 @@ which want an answer at once, by ``claim``. Rules held here:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 from combiners.attempt import Attempt, Phase, Step
 from combiners.cohort import Cohort, Outlook, Standing
@@ -51,7 +51,7 @@ from combiners.events import (
     UpdateLetGo,
     VoidIntake,
 )
-from combiners.messages import Answer, App, Claim, ClaimAnswer, Opening
+from combiners.messages import Answer, App, Claim, ClaimAnswer, Opening, serves
 from hierfl.plan import Plan
 from hierfl.receipts import Reason, ReceiptEvent, next_receipt
 from hierfl.residency import Contribution, ZonePolicy, objection
@@ -69,12 +69,6 @@ DEADLINE_SHARE = 0.9
 def contribution(claim: Claim) -> Contribution:
     """A claim as the residency rule sees it."""
     return Contribution(site=claim.key.client.site, weight=claim.weight, metrics=claim.metrics)
-
-
-def serves(apps: Iterable[App], plan: Plan) -> bool:
-    """Whether one of ``apps`` is the plan's."""
-    task = plan.task
-    return any(app.name == task.app and task.app_version in ("", app.version) for app in apps)
 
 
 class Region:
@@ -178,7 +172,7 @@ class Region:
             case PartialSealed():
                 self._sealed(event.key, event.digest)
             case SealFailed():
-                self._abstain(event.key, event.reason, only=(Phase.WRITING,))
+                self._abstain(event.key, event.reason, only=(Phase.WRITING, Phase.UPLINKING))
             case PartialAcknowledged():
                 self._step(event.key, Phase.UPLINKING, Step.ACKNOWLEDGE)
             case AttemptOver():

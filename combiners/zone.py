@@ -234,10 +234,24 @@ class ZoneStore:
             DiskFull: No space; nothing of the seal remains.
             StaleEpoch: A newer Region has the store.
         """
-        head, now = sealed.head, time.time_ns()
         path = self._blob(sealed.digest)
         with storage_errors(path):
             write_sealed(path, sealed)
+        try:
+            self._write_seal_rows(sealed, key, claims, receipts, (sites_needed, max_share, updates_root))
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+
+    def _write_seal_rows(
+        self,
+        sealed: Sealed,
+        key: AttemptKey,
+        claims: Sequence[Claim],
+        receipts: Sequence[Receipt],
+        rule: tuple[int, float, str],
+    ) -> None:
+        head, now = sealed.head, time.time_ns()
         by_client = {claim.key: claim for claim in claims}
         with self._transaction():
             self._db.execute(
@@ -245,7 +259,7 @@ class ZoneStore:
                 " updates_root, region_epoch, sealed_unix_ns) values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
                     *(head.seal_id, head.base_model_hash, head.task_hash, key.run, sealed.digest),
-                    *(sites_needed, max_share, updates_root, head.region_epoch, now),
+                    *(*rule, head.region_epoch, now),
                 ),
             )
             self._db.execute("insert into addresses values (?, ?, ?, ?, ?, 0)", (*_attempt_row(key), head.seal_id))

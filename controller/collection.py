@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from controller.planning import plan_for
+from controller.registry import Registry
+from controller.rows import AnswerRow, AttemptRow, RunRow
 from hierfl import observe
 from hierfl.plan import Plan
 from hierfl.receipts import Reason
 from hierfl.rounds import Answer, AttemptView, Deadline, Presence, RegionView, RoundState
 from hierfl.types import RegionId
-
-from controller.planning import plan_for
-from controller.registry import Registry
-from controller.rows import AnswerRow, AttemptRow, RunRow
 
 __all__ = ["Collection", "region_view"]
 
@@ -29,9 +28,7 @@ class Collection:
     ) -> None:
         self.row = row
         self.answers = {answer.region: answer for answer in answers}
-        self.plans: dict[RegionId, Plan] = {
-            region: plan_for(run, row, region, federation) for region in run.regions
-        }
+        self.plans: dict[RegionId, Plan] = {region: plan_for(run, row, region, federation) for region in run.regions}
         self.opened_at = opened_at
         self.span = observe.begin(observe.SPAN_ROUND, run=run.run, task=row.task, round=row.round, attempt=row.attempt)
         self._rules = run.job.round

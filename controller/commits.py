@@ -15,7 +15,7 @@ from pathlib import Path
 
 from controller.blobs import durable_directory, storage_errors, sync_directory
 from hierfl import documents
-from hierfl.errors import StoreDamaged, WireError
+from hierfl.errors import IdentityError, StoreDamaged, WireError
 from hierfl.records import CommitRecord
 from hierfl.types import RunId
 
@@ -83,8 +83,8 @@ class Commits:
             signed = documents.decode(data, SignedRecord, "signed record")
             self._check(signed)
             record = signed.read()
-        except WireError as error:
-            raise StoreDamaged(f"{path} is damaged: {error}") from None
+        except (WireError, IdentityError) as error:
+            raise StoreDamaged(f"{path} is no record of this federation: {error}") from None
         if (record.run, record.version) != (run, version):
             raise StoreDamaged(f"{path} is the record of version {record.version} of run {record.run}")
         return signed

@@ -11,34 +11,39 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from controller import committing, messages, planning
+from controller.collection import Collection, region_view
+from controller.commits import SignedRecord
+from controller.merge import NextModel, merge_partials, next_model
+from controller.rows import AnswerRow, AttemptRow, RoundRow, Row, RunRow
 from hierfl import observe
 from hierfl.aggregation import PartialAggregate
-from hierfl.errors import HierFLError, RoundClosed, RunFailed, StaleEpoch, StorageError
+from hierfl.errors import HierFLError, InvalidTransition, RoundClosed, StaleEpoch, StorageError, StoreDamaged
 from hierfl.receipts import Reason
 from hierfl.rounds import (
     Abandon,
     AttemptWithdrawn,
     Close,
     CollectionClosed,
-    MergeFailed,
     PartialAccepted,
     QuorumUnreachable,
     RegionAbstained,
     RegionView,
+    RoundEvent,
     RoundState,
     Wait,
     decide_attempt,
-    next_round_state,
 )
 from hierfl.runs import (
     Finish,
     OpenAttempt,
     Pause,
     RunCancelled,
-    RunEvent,
+    RunFailed,
     RunFinished,
     RunPaused,
     RunResumed,
@@ -47,13 +52,8 @@ from hierfl.runs import (
     decide_run,
     retry_delay_s,
 )
-from hierfl.runs import RunFailed as RunHasFailed
 from hierfl.types import AttemptKey, RegionId, TaskKind
-
-from controller import committing, messages, planning
-from controller.collection import Collection, region_view
-from controller.merge import merge_partials, next_model
-from controller.rows import AnswerRow, AttemptRow, RoundRow, Row, RunRow
+from hierfl.wire import hierfl_pb2 as pb
 
 if TYPE_CHECKING:
     from controller.leader import Leader
@@ -69,12 +69,12 @@ class RunLoop:
     def __init__(self, leader: Leader, row: RunRow) -> None:
         self.row = row
         self.open: Collection | None = None
-        self.told: list[RoundRow] = leader.store.rounds(row.run)
+        self.told = {(told.task, told.round): told for told in leader.store.rounds(row.run)}
         """Committed rounds, in order."""
         self.waiting_for = ""
         """In words, what the next step waits for."""
         self._leader = leader
-        self._wish: RunEvent | None = None
+        self._wish: RunCancelled | RunResumed | None = None
         self._retry_at = 0.0
         self._wake = asyncio.Event()
         self._followers: set[asyncio.Event] = set()
@@ -119,34 +119,63 @@ class RunLoop:
         return self.open
 
     def answer(self, collection: Collection, answer: AnswerRow) -> None:
-        """Make a region's answer durable, then count with it. The first word stands.
+        """Make a region's answer durable, then count with it.
 
         Raises:
             RoundClosed: The attempt closed in the meantime.
+            DigestMismatch: The region has answered, with another partial.
         """
         self.collecting(collection.row.key, answer.region)
-        said = PartialAccepted if answer.digest else RegionAbstained
-        event = said(region=answer.region, **({"digest": answer.digest} if answer.digest else {"code": answer.code}))
-        collection.row = replace(collection.row, state=next_round_state(collection.row.state, event))
+        earlier = collection.answers.get(answer.region)
+        if earlier is not None:
+            earlier.require_same(answer)
+            return
+        if answer.digest:
+            event: RoundEvent = PartialAccepted(region=answer.region, digest=answer.digest)
+        else:
+            event = RegionAbstained(region=answer.region, code=answer.code)
+        row = collection.row.after(event)
         self._write(answer)
+        collection.row = row
         collection.answers[answer.region] = answer
         self.poke()
+
+    def recover(self) -> None:
+        """Take up what an earlier controller left: its open attempt, and a version that it could only just record.
+
+        Raises:
+            StorageError: Store, blobs and commit records contradict each other.
+        """
+        attempts = self._attempts()
+        if attempts and not attempts[-1].state.is_terminal:
+            self.open = self._collection(attempts[-1], self._leader.store.answers(attempts[-1].key))
+        found = self._leader.commits.find(self.row.run, self.row.version + 1)
+        if found is None:
+            return
+        if self.open is None or self.open.row.attempt != found.read().attempt:
+            raise StoreDamaged(
+                f"run {self.row.run}: version {self.row.version + 1} is on record, its attempt is not open"
+            )
+        logger.warning("run %s: version %d was on record, adopted", self.row.run, self.row.version + 1)
+        self._commit_model(self.open, list(self.open.answers.values()), found)
 
     # -------------------------------------------------------------- the loop
 
     async def run(self) -> None:
-        """Step until the run has ended. A storage error pauses the run, or surfaces if even that cannot be stored."""
+        """Step until the run has ended. What a store or disk refuses pauses the run, if even that can be stored."""
         while not self.row.state.is_terminal:
             self._wake.clear()
             try:
                 wake_at = await self._step()
-            except StaleEpoch:
+            except (StaleEpoch, InvalidTransition):
                 raise
             except StorageError as error:
-                logger.exception("run %s: storage", self.row.run)
-                wake_at = self._pause(str(error))
+                logger.exception("run %s cannot use its storage", self.row.run)
+                wake_at = self.pause(str(error))
             except HierFLError as error:
-                wake_at = self._fail(str(error))
+                logger.exception("run %s failed", self.row.run)
+                wake_at = None
+                self._end(RunFailed(reason=str(error)))
             self._tell_followers()
             if wake_at is not None:
                 await self._wait_until(wake_at)
@@ -179,9 +208,9 @@ class RunLoop:
         return None
 
     async def _step_run(self) -> float | None:
-        now, view_of = self._leader.clock(), planning.run_view
+        now = self._leader.clock()
         due = now >= self._retry_at
-        decision = decide_run(view_of(self.row, len(self._attempts()), self._regions(), retry_due=due))
+        decision = decide_run(planning.run_view(self.row, len(self._attempts()), self.regions(), retry_due=due))
         match decision:
             case Wait():
                 self.waiting_for = decision.waiting_for
@@ -189,12 +218,13 @@ class RunLoop:
             case OpenAttempt():
                 self._open(decision)
             case Pause():
-                self._move(self.row.after(RunPaused(reason=decision.reason)))
+                self.pause(decision.reason)
             case Finish():
                 self._end(RunFinished(reason=decision.reason))
         return None
 
-    def _regions(self) -> tuple[RegionView, ...]:
+    def regions(self) -> tuple[RegionView, ...]:
+        """The run's regions between two attempts."""
         silence_s = self.row.job.round.silence_s
         return tuple(region_view(self._leader.registry, region, silence_s) for region in self.row.regions)
 
@@ -202,16 +232,14 @@ class RunLoop:
         if now < self._retry_at:
             return self._retry_at
         registry, silence_s = self._leader.registry, self.row.job.round.silence_s
-        changes = [registry.live_until(view.region, silence_s) for view in self._regions() if view.presence.is_live]
+        changes = [registry.live_until(view.region, silence_s) for view in self.regions() if view.presence.is_live]
         return min(changes, default=float("inf"))
 
     async def _wait_until(self, at: float) -> None:
         seconds = at - self._leader.clock()
-        try:
+        with suppress(TimeoutError):  # then time alone changed what a decision sees
             async with asyncio.timeout(None if seconds == float("inf") else max(seconds, 0.0)):
                 await self._wake.wait()
-        except TimeoutError:
-            pass  # time alone changed what a decision sees
 
     # -------------------------------------------------------------- carrying out: rounds
 
@@ -254,38 +282,119 @@ class RunLoop:
         self._over(open_, outcome="abandoned")
 
     async def _merge(self, open_: Collection) -> None:
-        """Sum, apply, commit. A failure that trying again would not mend ends the run."""
+        """Sum, apply, commit, tell."""
         leader, answers = self._leader, open_.counted()
         with observe.under(open_.span):
             with observe.span(observe.SPAN_MERGE, num_partials=len(answers)):
                 total = await asyncio.to_thread(merge_partials, leader.blobs, open_.row, answers)
-                if open_.row.task is TaskKind.TRAIN:
-                    made = await asyncio.to_thread(next_model, leader.blobs, self.row, total)
+                train = open_.row.task is TaskKind.TRAIN
+                made = await asyncio.to_thread(next_model, leader.blobs, self.row, total) if train else None
             with observe.span(observe.SPAN_COMMIT, num_sites=total.num_sites):
-                if open_.row.task is TaskKind.TRAIN:
-                    record = committing.commit_record(
-                        self.row,
-                        open_.row,
-                        answers,
-                        total,
-                        made,
-                        federation=leader.federation,
-                        leader_epoch=leader.epoch,
-                        now_unix_ns=time.time_ns(),
-                    )
-                    signed = leader.signed(record)
-                    found = await asyncio.to_thread(leader.commits.create, self.row.run, record.version, signed)
-                    self._commit(open_, answers, total, found)
+                if made is not None:
+                    self._commit_model(open_, answers, await self._record(open_, answers, total, made))
                 else:
-                    self._commit(open_, answers, total, None)
-            with observe.span(observe.SPAN_ANNOUNCE):
-                self._announce(open_)
+                    self._commit_metrics(open_, answers, total)
+
+    async def _record(
+        self, open_: Collection, answers: Sequence[AnswerRow], total: PartialAggregate, made: NextModel
+    ) -> SignedRecord:
+        """Create the commit record; the one that stands is returned."""
+        leader = self._leader
+        record = committing.commit_record(
+            self.row,
+            open_.row,
+            answers,
+            total,
+            made,
+            federation=leader.federation,
+            leader_epoch=leader.epoch,
+            now_unix_ns=time.time_ns(),
+        )
+        return await asyncio.to_thread(leader.commits.create, self.row.run, record.version, leader.signed(record))
+
+    def _commit_model(self, open_: Collection, answers: Sequence[AnswerRow], signed: SignedRecord) -> None:
+        seconds = self._leader.clock() - open_.opened_at
+        self._committed(open_, *committing.rows_of_commit(self.row, open_.row, answers, signed, seconds=seconds))
+
+    def _commit_metrics(self, open_: Collection, answers: Sequence[AnswerRow], total: PartialAggregate) -> None:
+        seconds, now = self._leader.clock() - open_.opened_at, time.time_ns()
+        rows = committing.rows_of_evaluation(self.row, open_.row, answers, total, seconds=seconds, now=now)
+        self._committed(open_, *rows)
+
+    def _committed(self, open_: Collection, run: RunRow, attempt: AttemptRow, rows: tuple[Row, ...]) -> None:
+        """One transaction, and only then a word to anyone."""
+        self._write(*rows)
+        self.row, open_.row = run, attempt
+        self.told.update({(row.task, row.round): row for row in rows if isinstance(row, RoundRow)})
+        with observe.under(open_.span), observe.span(observe.SPAN_ANNOUNCE, num_regions=len(open_.plans)):
+            self._announce(attempt.key)
         self._over(open_, outcome="committed")
 
-    def _announce(self, open_: Collection) -> None:
-        for region in open_.plans:
-            verdict = self._leader.verdict(open_.row.key, region)
-            assert verdict is not None, "the round is committed"
-            self._leader.registry.send(region, verdict)
+    # -------------------------------------------------------------- carrying out: the run
 
-    # TODO
+    def pause(self, reason: str) -> float:
+        """Wait for an operator, who is told why."""
+        self._move(self.row.after(RunPaused(reason=reason)))
+        return float("inf")
+
+    def _grant(self, wish: RunCancelled | RunResumed) -> None:
+        if isinstance(wish, RunCancelled):
+            self._end(wish)
+        elif self.row.state is RunState.PAUSED:
+            self._move(replace(self.row.after(wish), abandoned_in_a_row=0))
+        self._wish = None
+
+    def _end(self, event: RunFinished | RunCancelled | RunFailed) -> None:
+        """End the run; regions that hold something for it get the last word on it."""
+        run, open_ = self.row.after(event, now_unix_ns=time.time_ns()), self.open
+        last = open_.row if open_ is not None else next(reversed(self._attempts()), None)
+        if open_ is not None:
+            open_.row = open_.row.after(AttemptWithdrawn(reason=messages.REASON_OF_END[run.state]))
+        self._write(run, *([open_.row] if open_ is not None else []))
+        self.row = run
+        self._leader.run_ended()
+        if open_ is not None:
+            self._send_all(messages.withdrawal(open_.row.key, messages.REASON_OF_END[run.state]))
+            self._over(open_, outcome=str(run.state))
+        if last is not None and last.state is not RoundState.COMMITTED:
+            self._announce(last.key)
+
+    def _move(self, run: RunRow) -> None:
+        self._write(run)
+        self.row = run
+
+    # -------------------------------------------------------------- tools
+
+    def _announce(self, key: AttemptKey) -> None:
+        """The last word on an attempt, to every region that was offered it."""
+        for region in self.row.regions:
+            verdict = self._leader.verdict(key, region)
+            if verdict is not None:
+                self._leader.registry.send(region, verdict)
+
+    def _send_all(self, event: pb.AttachResponse) -> None:
+        for region in self.row.regions:
+            self._leader.registry.send(region, event)
+
+    def _over(self, open_: Collection, outcome: str) -> None:
+        open_.span.set(outcome=outcome, num_partials=len(open_.counted()))
+        open_.span.end()
+        self.open = None
+
+    def _collection(self, row: AttemptRow, answers: Sequence[AnswerRow]) -> Collection:
+        now = self._leader.clock()
+        return Collection(self.row, row, answers, federation=self._leader.federation, opened_at=now)
+
+    def _attempts(self) -> list[AttemptRow]:
+        """Attempts made at the round that comes next."""
+        run, rounds = self.row, self.row.job.job.rounds
+        if run.rounds_committed < rounds:
+            return self._leader.store.attempts(run.run, TaskKind.TRAIN, run.rounds_committed + 1)
+        return self._leader.store.attempts(run.run, TaskKind.EVALUATE, rounds + 1)
+
+    def _write(self, *rows: Row) -> None:
+        self._leader.store.write(self._leader.epoch, *rows)
+
+    def _tell_followers(self) -> None:
+        for follower in self._followers:
+            follower.set()

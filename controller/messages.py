@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from controller.rows import ModelRow, RoundRow, RunRow
 from hierfl.receipts import Reason
 from hierfl.rounds import RegionView
 from hierfl.runs import RunState
 from hierfl.types import AttemptKey, RegionId, TaskKind
 from hierfl.wire import hierfl_pb2 as pb
 from hierfl.wire.convert import key_to_proto
-
-from controller.rows import ModelRow, RoundRow, RunRow
 
 __all__ = [
     "attached",

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from hierfl.aggregation import ColumnGroup
+from hierfl.errors import DigestMismatch
 from hierfl.job import Job
 from hierfl.plan import TaskSpec
 from hierfl.records import PartialHead
@@ -108,9 +109,14 @@ class AnswerRow:
     def key(self) -> AttemptKey:
         return AttemptKey(self.run, self.task, self.round, self.attempt)
 
-    def same_as(self, other: AnswerRow) -> bool:
-        """Whether both say the same, whenever they came."""
-        return replace(self, received_unix_ns=0) == replace(other, received_unix_ns=0)
+    def require_same(self, later: AnswerRow) -> None:
+        """A region's first word stands: an abstention after it changes nothing, another partial is refused.
+
+        Raises:
+            DigestMismatch: ``later`` is a partial with another digest.
+        """
+        if later.digest and later.digest != self.digest:
+            raise DigestMismatch(f"{self.region} has answered {self.key} with another partial; it is not replaced")
 
 
 @dataclass(frozen=True, kw_only=True)

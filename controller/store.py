@@ -62,6 +62,9 @@ class Store(Protocol):
     def models(self, run: RunId) -> list[ModelRow]:
         """Versions of a run's model, in order."""
 
+    def model(self, run: RunId, version: int) -> ModelRow | None:
+        """One version of a run's model."""
+
     def regions(self) -> list[RegionRow]:
         """Every region that ever attached."""
 
@@ -149,6 +152,9 @@ class SqliteStore:
 
     def models(self, run: RunId) -> list[ModelRow]:
         return self._rows(ModelRow, _path(run, ""))
+
+    def model(self, run: RunId, version: int) -> ModelRow | None:
+        return next(iter(self._rows(ModelRow, _path(run, version))), None)
 
     def regions(self) -> list[RegionRow]:
         return self._rows(RegionRow)

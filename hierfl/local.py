@@ -182,7 +182,7 @@ class Federation:
 
 
 def _client_names(site: SiteConfig) -> list[str]:
-    return [f"client-{number}" for number in range(site.clients)]
+    return [f"client-{number:02d}" for number in range(site.clients)]
 
 
 def _processes_of(region: RegionConfig) -> Iterator[list[SiteConfig]]:
@@ -197,11 +197,11 @@ def _processes_of(region: RegionConfig) -> Iterator[list[SiteConfig]]:
 def provision_all(config: FederationConfig, state: Path) -> None:
     """Make what certificates are missing; those that are there stay."""
     provision.init(state, config.name)
-    provision.add_operator(state, OPERATOR)
+    provision.add_operator(state, OPERATOR, exist_ok=True)
     for region in config.regions:
-        provision.add_region(state, region.name)
+        provision.add_region(state, region.name, exist_ok=True)
         for site in region.sites:
-            provision.add_site(state, region.name, site.name, clients=site.clients)
+            provision.add_site(state, region.name, site.name, site.clients, exist_ok=True)
 
 
 @asynccontextmanager

@@ -91,7 +91,8 @@ class Operator:
 
     async def run(self, run: str) -> pb.GetRunResponse:
         """One run with its rounds. ``NotFound`` names the runs there are."""
-        return await self._call("GetRun", pb.GetRunRequest(run=run))
+        response: pb.GetRunResponse = await self._call("GetRun", pb.GetRunRequest(run=run))
+        return response
 
     async def follow(self, run: str) -> AsyncIterator[pb.FollowRunResponse]:
         """Snapshots of a run: one at once, then one at each change, until it ends."""
@@ -123,4 +124,5 @@ class Operator:
         return layout, vectors
 
     async def status(self) -> pb.GetStatusResponse:
-        return await self._call("GetStatus", pb.GetStatusRequest())
+        response: pb.GetStatusResponse = await self._call("GetStatus", pb.GetStatusRequest())
+        return response

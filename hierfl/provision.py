@@ -143,7 +143,7 @@ def add_site(directory: Path, region: str, site: str, clients: int = 1, *, exist
     home = directory / "kits" / "sites" / region / site
     names = [f"client-{n:02d}" for n in range(clients)]
     missing = [name for name in names if not (home / name).exists()]
-    held = f"has its {clients} client(s) already; sites need names of their own, or ask for more clients"
+    held = "exists already, with as many clients; sites need names of their own, or ask for more clients"
     _require(bool(missing) or exist_ok, "site", site, held)
     trust = _trust(directory, controller=True, regions=[region])
     addresses = _addresses(directory, region)

@@ -18,7 +18,7 @@ from hierfl.receipts import Reason
 from hierfl.records import PartialHead
 from hierfl.types import RegionId, SiteId
 
-__all__ = ["LEAST_K", "Contribution", "Release", "ZonePolicy", "objection", "release"]
+__all__ = ["LEAST_K", "Contribution", "Release", "ZonePolicy", "objection", "objection_to_resending", "release"]
 
 LEAST_K = 2
 """No zone may go below: one site's sum is its update."""
@@ -63,6 +63,13 @@ def objection(policy: ZonePolicy, plan: Plan, contributions: Sequence[Contributi
         return Reason.TOO_FEW_SITES
     if max(weights.values()) > policy.max_share * sum(weights.values()):
         return Reason.DOMINATED
+    return None
+
+
+def objection_to_resending(policy: ZonePolicy, plan: Plan, head: PartialHead) -> Reason | None:
+    """Why sealed bytes that left before may not go to another attempt, whose plan or zone may ask for more."""
+    if head.num_sites < policy.sites_needed(plan) or head.num_updates < plan.min_clients:
+        return Reason.TOO_FEW_SITES
     return None
 
 

@@ -26,7 +26,6 @@ __all__ = [
     "Close",
     "CollectionClosed",
     "Deadline",
-    "MergeFailed",
     "MetricsCommitted",
     "ModelCommitted",
     "PartialAccepted",
@@ -104,15 +103,8 @@ class MetricsCommitted(RoundEvent):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergeFailed(RoundEvent):
-    """The partials could not be summed or applied; the model is unchanged."""
-
-    reason: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class AttemptWithdrawn(RoundEvent):
-    """The run ended while the attempt was open."""
+    """The run ended while the attempt was open: by an operator, or because its merge failed."""
 
     reason: str
 
@@ -127,7 +119,6 @@ ROUND_TRANSITIONS: Mapping[tuple[RoundState, type[RoundEvent]], RoundState] = {
     (_R.COLLECTING, ModelCommitted): _R.COMMITTED,  # its commit record was found: adopted, whoever wrote it
     (_R.MERGING, ModelCommitted): _R.COMMITTED,
     (_R.MERGING, MetricsCommitted): _R.COMMITTED,
-    (_R.MERGING, MergeFailed): _R.ABANDONED,
     (_R.MERGING, AttemptWithdrawn): _R.ABANDONED,
 }
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+import hierfl
+
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PACKAGES = ("hierfl", "combiners", "controller")
@@ -104,10 +106,9 @@ def normal(name: str) -> str:
 @pytest.mark.parametrize("package", PACKAGES)
 def test_no_module_of_a_package_decodes_foreign_bytes_unsafely(package):
     """No pickle, cloudpickle, ``eval``, ``torch.load`` or YAML in what we ship (``DESIGN.md``, hostile input)."""
-    forbidden = re.compile(
-        r"^\s*(import|from) (pickle|cloudpickle|marshal|shelve|yaml|dill)\b|\btorch\.load\(|(?<![\w.])eval\(",
-        re.MULTILINE,
-    )
+    modules = r"^\s*(import|from) (pickle|cloudpickle|marshal|shelve|yaml|dill)\b"
+    calls = r"\btorch\.load\(|(?<![\w.])eval\("
+    forbidden = re.compile(f"{modules}|{calls}", re.MULTILINE)
     for path in (ROOT / package).rglob("*.py"):
         assert not forbidden.search(path.read_text()), path
 
@@ -115,3 +116,10 @@ def test_no_module_of_a_package_decodes_foreign_bytes_unsafely(package):
 def test_make_knows_its_targets():
     for target in ("setup", "demo", "test", "test-slow", "lint", "bench", "ci"):
         run(tool("make"), "--dry-run", "--always-make", target)
+
+
+def test_every_public_name_of_hierfl_can_be_had_and_no_other():
+    assert all(getattr(hierfl, name) is not None for name in hierfl.__all__)
+    assert set(hierfl.__all__) == {"__version__", *hierfl._HOME_OF}
+    with pytest.raises(AttributeError, match="nothing_like_this"):
+        hierfl.nothing_like_this  # noqa: B018  the look-up is what is tried

@@ -107,6 +107,7 @@ def examine(kit: Path | None, servers: Sequence[str], listen: Sequence[str], fol
     """All checks, in order; those of a kit only where one is given."""
     yield check_python(sys.version_info[:3], sys.maxsize)
     for use, names in PACKAGES.items():
+        say(f"importing the packages of {use}")  # it can take seconds
         yield check_packages(use, names)
     yield check_disk(folder)
     yield from check_file_limit()
@@ -140,7 +141,7 @@ def check_packages(use: str, names: Iterable[str]) -> Finding:
                 broken.append(f"{name} ({error})")
         except Exception as error:  # noqa: BLE001  a package may fail in any way while it loads; that is the finding
             broken.append(f"{name} ({type(error).__name__}: {error})")
-    check = f"packages for {use}"
+    check = f"packages of {use}"
     if broken:
         return Finding(check, State.WRONG, f"cannot be imported: {'; '.join(broken)}", "install it again")
     if absent:

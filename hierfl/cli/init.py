@@ -10,9 +10,9 @@ import click
 from hierfl.cli.output import say
 from hierfl.errors import ConfigError, StorageError
 
-__all__ = ["TEMPLATES", "init"]
+__all__ = ["FILES", "init"]
 
-TEMPLATES = ("federation.toml", "job.toml", "app.py")
+FILES = ("federation.toml", "job.toml", "app.py")
 
 
 @click.command()
@@ -28,13 +28,13 @@ def init(folder: Path) -> None:
       hierfl up
       hierfl train job.toml          in another terminal
     """
-    present = [name for name in TEMPLATES if (folder / name).exists()]
+    present = [name for name in FILES if (folder / name).exists()]
     if present:
         raise ConfigError(str(folder), None, f"already has {', '.join(present)}; nothing was written")
-    source = resources.files("hierfl") / "cli" / "templates"
+    source = resources.files("hierfl") / "cli" / "init-files"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in TEMPLATES:
+        for name in FILES:
             (folder / name).write_text((source / name).read_text(encoding="utf-8"), encoding="utf-8")
             click.echo(str(folder / name))
     except OSError as error:

@@ -85,4 +85,4 @@ def _show(document: dict[str, Any]) -> None:
     for key, value in (document["model"] or {}).items():
         words = f"{value:,}" if type(value) is int else {True: "yes", False: "no"}[value]
         rows.append((key.replace("_", " "), words))
-    table(("", ""), rows)
+    table(("key", "value"), rows)

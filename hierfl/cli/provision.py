@@ -61,7 +61,7 @@ def provision() -> None:
     """
 
 
-@provision.command("init")
+@provision.command("init", short_help="Make a federation.")
 @click.argument("federation")
 @_addresses_option("the controller")
 @_directory_option
@@ -80,7 +80,7 @@ def init_(federation: str, addresses: tuple[str, ...], directory: Path | None, o
     _made([kit], output, f"federation {federation}; the controller's kit:")
 
 
-@provision.command()
+@provision.command(short_help="Make a region.")
 @click.argument("name")
 @_addresses_option("the region's combiner")
 @_directory_option
@@ -100,7 +100,7 @@ def region(name: str, addresses: tuple[str, ...], directory: Path | None, output
     _made([kit], output, f"region {name}; its combiner's kit:")
 
 
-@provision.command()
+@provision.command(short_help="Make the kits of a site's clients.")
 @click.argument("region")
 @click.argument("name")
 @click.option("--clients", type=int, default=1, show_default=True, help="How many clients it runs in all.")
@@ -120,7 +120,7 @@ def site(region: str, name: str, clients: int, directory: Path | None, output: s
     _made(kits, output, f"site {name} in region {region}; its clients' kits:")
 
 
-@provision.command()
+@provision.command(short_help="Make an operator's kit.")
 @click.argument("name")
 @click.option("--region", default="", help="Of this region's combiner only; else of the controller.")
 @_directory_option
@@ -139,7 +139,7 @@ def operator(name: str, region: str, directory: Path | None, output: str) -> Non
     _made([kit], output, f"operator {name}{f' of {region}' if region else ''}; the kit:")
 
 
-@provision.command()
+@provision.command(short_help="Renew certificates.")
 @click.option("--region", default="", help="Only certificates of this region.")
 @_directory_option
 @output_option
@@ -161,10 +161,10 @@ def _made(paths: Iterable[Path], output: str, talk: str) -> None:
     paths = [path.resolve() for path in paths]
     say(talk)
     document = {"paths": [str(path) for path in paths]}
-    emit(document, "hierfl.provision_made/1", output, lambda: [click.echo(str(path)) for path in paths])
+    emit(document, "hierfl.provision_made/1", output, lambda: click.echo("\n".join(document["paths"])))
 
 
-@provision.command("list")
+@provision.command("list", short_help="List regions and kits.")
 @_directory_option
 @output_option
 def list_(directory: Path | None, output: str) -> None:
@@ -202,7 +202,7 @@ def _entry_document(entry: KitEntry) -> dict[str, str]:
     }
 
 
-@provision.command()
+@provision.command(short_help="Check a kit and say whose it is.")
 @click.argument("kit", type=click.Path(path_type=Path))
 @output_option
 def show(kit: Path, output: str) -> None:

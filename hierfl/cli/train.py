@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -47,6 +48,7 @@ def train(
       hierfl train job.toml --set job.rounds=50 --detach
       hierfl train job.toml --from best.safetensors
     """
+    from hierfl.cli.job import model_of
     from hierfl.cli.runs import follow, message_document, raise_for_outcome
     from hierfl.client import initial_model
     from hierfl.config import load_job
@@ -57,7 +59,7 @@ def train(
         initial = job_file.parent / job.model.initial
     params = None if initial is None else read_safetensors(initial)
     layout, vectors = initial_model(job, app=app_path, folder=job_file.parent, params=params)
-    say(f"{job.job.name}: {traffic(layout.num_params)}")
+    say(f"{job.job.name}: {traffic(model_of(job, layout))}")
 
     async def work(operator: Operator) -> pb.RunSummary:
         run = await operator.submit(job, await operator.upload_model(layout, vectors))
@@ -69,16 +71,12 @@ def train(
     raise_for_outcome(summary)
 
 
-def traffic(num_params: int) -> str:
-    """Parameters, and bytes per round, in words: float32 to and from clients, int64 sums over the border."""
-    model, partial = _size(4 * num_params), _size(8 * num_params)
-    return (
-        f"{num_params:,} parameters; in each round a client fetches {model} and sends {model}, "
-        f"a region sends {partial} over its border and fetches {model}"
-    )
-
-
-def _size(num_bytes: int) -> str:
+def traffic(model: Mapping[str, Any]) -> str:
+    """Parameters, and bytes per round, in words."""
     from rich.filesize import decimal
 
-    return decimal(num_bytes)
+    down, up, out = (decimal(model[f"bytes_{way}"]) for way in ("to_a_client", "from_a_client", "over_a_border"))
+    return (
+        f"{model['parameters']:,} parameters; in each round a client fetches {down} and sends {up}, "
+        f"a region sends {out} over its border and fetches {down}"
+    )

@@ -232,7 +232,8 @@ class LocalTensors:
         if not arrays:
             return
         make_folder(self.folder / run)
-        write_durably(self._path(run, round_number), (save({k: np.ascontiguousarray(v) for k, v in arrays.items()}),))
+        packed = save({name: np.asarray(array, order="C") for name, array in arrays.items()})
+        write_durably(self._path(run, round_number), (packed,))
         for old in [number for number in self._rounds(run) if number <= round_number][:-KEEP_LOCAL_ROUNDS]:
             self._path(run, old).unlink(missing_ok=True)
 

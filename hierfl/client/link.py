@@ -14,18 +14,29 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
+from hierfl.wire import tls  # before gRPC, which it silences: errors are ours to word
+
+# isort: split
 import grpc
 
-from hierfl.errors import ConfigError, HierFLError, IdentityError, Unreachable
+from hierfl.errors import (
+    ConfigError,
+    HierFLError,
+    IdentityError,
+    Interrupted,
+    RegionError,
+    StorageError,
+    Unreachable,
+)
 from hierfl.identity import Identity, RoleName
 from hierfl.pki import Kit
 from hierfl.receipts import Receipt
 from hierfl.types import AttemptKey, ClientRef
 from hierfl.wire import hierfl_pb2 as pb
-from hierfl.wire import rpc, tls, transfer
+from hierfl.wire import rpc, transfer
 from hierfl.wire.convert import key_to_proto, receipt_from_proto
 
-__all__ = ["Link", "probe"]
+__all__ = ["Link", "Waits", "probe"]
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 REMIND_S = 60.0
@@ -35,7 +46,7 @@ Say = Callable[[str], None]
 
 
 class Link:
-    """One client's connection. Calls made while it is down wait until it is up again."""
+    """One client's connection. A call made while it is down raises ``Unreachable``."""
 
     def __init__(self, kit: Kit, apps: Sequence[tuple[str, str]], say: Say) -> None:
         """
@@ -46,25 +57,21 @@ class Link:
         Raises:
             ConfigError: The kit is not a client's, or names no address.
         """
-        if kit.identity.role is not RoleName.CLIENT:
-            raise ConfigError("--kit", str(kit.path), f"must be a client's kit, it is that of {kit.identity}")
-        if not kit.addresses:
-            raise ConfigError("addresses", None, "must name the combiner, host:port", str(kit.path / "kit.toml"))
-        self.kit = kit
+        self.kit = _checked(kit)
         self.client: ClientRef = kit.identity.client_ref
         self._apps = [pb.App(name=name, version=version) for name, version in apps]
         self._say = say
         self._up = asyncio.Event()
         self._stub: Any = None
-        self._waits = _Waits(say)
+        self._waits = Waits(say)
 
     async def events(self) -> AsyncIterator[pb.FollowResponse]:
         """What the combiner sends, over as many connections as it takes. Each begins with a ``welcome``."""
         turn = 0
         while True:
-            address = self.kit.addresses[turn % len(self.kit.addresses)]
             try:
                 self._reload_kit()
+                address = self.kit.addresses[turn % len(self.kit.addresses)]
                 async with connected(self.kit, address) as stub:
                     async for event in self._follow(stub, address):
                         yield event
@@ -92,20 +99,29 @@ class Link:
             stream.cancel()
 
     def _reload_kit(self) -> None:
-        """Take up a renewed certificate; a kit that is being replaced is not there for a moment."""
+        """Take up a renewed certificate, or new addresses. A kit that is being replaced is not there for a moment."""
         try:
-            self.kit = Kit.load(self.kit.path)
+            self.kit = _checked(Kit.load(self.kit.path))
         except (IdentityError, ConfigError) as error:
-            raise Unreachable(f"no connection: {error}") from None
+            raise Unreachable(f"the kit cannot be used now: {error}") from None
 
-    async def _ready(self) -> Any:
+    @property
+    def is_up(self) -> bool:
+        return self._up.is_set()
+
+    async def wait_until_up(self) -> None:
+        """Return once the combiner has welcomed this client."""
         await self._up.wait()
+
+    def _ready(self) -> Any:
+        if not self._up.is_set():
+            raise Unreachable("there is no connection to the combiner now")
         return self._stub
 
     async def fetch_model(self, model_hash: str, expect: transfer.Expect) -> transfer.Incoming:
         """A model, checked against its hash."""
-        stub = await self._ready()
-        with _dropped_is_unreachable():
+        stub = self._ready()
+        with _errors_of(stub):
             return await rpc.fetch_model(stub, model_hash, expect)
 
     async def admit(
@@ -119,12 +135,13 @@ class Link:
             weight=weight,
             signature=signature,
         )
-        return await self._call("Admit", request)
+        response: pb.AdmitResponse = await self._call("Admit", request)
+        return response
 
     async def upload(self, key: AttemptKey, outgoing: transfer.Outgoing, ticket: bytes) -> Receipt:
         """Send an update that was let in."""
-        stub = await self._ready()
-        with _dropped_is_unreachable():
+        stub = self._ready()
+        with _errors_of(stub):
             response = await rpc.upload_frames(stub.Upload, outgoing, key, ticket)
         return self.receipt(response.receipt)
 
@@ -140,17 +157,17 @@ class Link:
         return receipt_from_proto(message, self.client)
 
     async def _call(self, method: str, request: Any) -> Any:
-        stub = await self._ready()
-        try:
-            with _dropped_is_unreachable():
-                return await getattr(stub, method)(request)
-        except grpc.RpcError as error:
-            raise stub.error(error) from None
+        stub = self._ready()
+        with _errors_of(stub):
+            return await getattr(stub, method)(request)
 
 
 @contextmanager
-def _dropped_is_unreachable() -> Iterator[None]:
-    """gRPC cancels the calls of a channel that is closed under them: that is no cancelling of this task."""
+def _errors_of(stub: Any) -> Iterator[None]:
+    """What a failed call means here. Trouble on the combiner's own side is a reason to try again later.
+
+    gRPC cancels the calls of a channel that is closed under them: that is no cancelling of this task.
+    """
     try:
         yield
     except asyncio.CancelledError:
@@ -158,6 +175,23 @@ def _dropped_is_unreachable() -> Iterator[None]:
         if task is None or task.cancelling():
             raise
         raise Unreachable("the connection to the combiner closed in the middle of a call") from None
+    except grpc.RpcError as error:
+        raise _seen_from_here(stub.error(error)) from None
+    except HierFLError as error:
+        raise _seen_from_here(error) from None
+
+
+def _seen_from_here(error: HierFLError) -> HierFLError:
+    its_own = isinstance(error, StorageError | Interrupted | RegionError) or type(error) is HierFLError
+    return Unreachable(str(error)) if its_own else error
+
+
+def _checked(kit: Kit) -> Kit:
+    if kit.identity.role is not RoleName.CLIENT:
+        raise ConfigError("--kit", str(kit.path), f"must be a client's kit, it is that of {kit.identity}")
+    if not kit.addresses:
+        raise ConfigError("addresses", None, "must name the combiner, host:port", str(kit.path / "kit.toml"))
+    return kit
 
 
 @asynccontextmanager
@@ -189,24 +223,26 @@ async def probe(kit: Kit) -> tuple[str, str]:
     return "", "; ".join(said[1:] or said)
 
 
-class _Waits:
-    """Pauses between tries, with jitter, and what is said of them."""
+class Waits:
+    """Pauses between tries, growing, with jitter; and what is said of them: each reason once a while."""
 
-    def __init__(self, say: Say) -> None:
+    def __init__(self, say: Say, longest_s: float = LONGEST_PAUSE_S) -> None:
         self._say = say
+        self._longest_s = longest_s
         self._tries = 0
         self._reason, self._said_at_s = "", 0.0
 
     def over(self) -> None:
+        """It went well: the next pause is the first again."""
         self._tries, self._reason = 0, ""
 
-    def next_pause_s(self, reason: str, every: int) -> float:
-        """Seconds until the next try; it grows once ``every`` address has had its turn."""
+    def next_pause_s(self, reason: str, every: int = 1) -> float:
+        """Seconds until the next try; they grow after ``every`` tries, one for each address."""
+        steps = min(self._tries // every, 10)
         self._tries += 1
-        steps = min((self._tries - 1) // every, 10)
-        pause_s: float = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**steps) * random.uniform(0.5, 1.0)  # noqa: S311  spread, not secrecy
         now_s = time.monotonic()
         if reason != self._reason or now_s - self._said_at_s > REMIND_S:
-            self._say(f"{reason}; trying again, every {LONGEST_PAUSE_S:.0f} s at least")
+            self._say(f"{reason}; trying again until it does")
             self._reason, self._said_at_s = reason, now_s
-        return pause_s
+        spread = random.uniform(0.5, 1.0)  # noqa: S311  so that many clients do not come at once; no secret
+        return min(self._longest_s, FIRST_PAUSE_S * 2.0**steps) * spread

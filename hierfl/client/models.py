@@ -24,6 +24,7 @@ __all__ = ["FetchedModel", "ModelCache", "OwnModels"]
 
 KEEP_MODELS = 2
 """Of rounds: a slow client may still work on the one before."""
+KEEP_RUNS = 16
 
 
 @dataclass(frozen=True)
@@ -90,4 +91,6 @@ class OwnModels:
             with failing_with("layout_mismatch"):
                 made = call_init(app, plan.task.config, plan.seed)
                 self._first[key] = check_app_model(layout, made)
+            for old in list(self._first)[:-KEEP_RUNS]:
+                del self._first[old]
         return self._first[key]

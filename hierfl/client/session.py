@@ -1,7 +1,7 @@
 """One client of one site: offers in, updates out, each held on disk until its last word.
 
-Every kind of work is answered by one task, whatever number of attempts and repeated offers it takes:
-train once (or find the update held), hand in, and wait for the receipt that comes on the link.
+Each work is answered by one task, whatever number of attempts and repeated offers it takes: train once,
+or find the update held; hand it in; the receipts that follow come on the link.
 """
 
 from __future__ import annotations
@@ -9,17 +9,19 @@ from __future__ import annotations
 import asyncio
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from enum import Enum
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
-from hierfl import documents, observe
-from hierfl.client.files import FolderLock, make_folder, write_durably
-from hierfl.client.held import Held, HeldUpdates, LocalTensors, Work, encode_update
-from hierfl.client.link import Link
+from hierfl import observe
+from hierfl.client.folder import ClientFolder
+from hierfl.client.held import Held, Work, encode_update
+from hierfl.client.link import Link, Waits
 from hierfl.client.models import FetchedModel, ModelCache, OwnModels
 from hierfl.client.offers import SitePolicy, accept, check_groups, decline_code
 from hierfl.client.work import Made, TaskFailed, do_task
@@ -27,7 +29,6 @@ from hierfl.client.worker import Worker
 from hierfl.errors import (
     DigestMismatch,
     HierFLError,
-    IdentityError,
     RoundClosed,
     StaleEpoch,
     StorageError,
@@ -40,15 +41,17 @@ from hierfl.pki import Kit
 from hierfl.plan import Plan
 from hierfl.receipts import Reason, Receipt, ReceiptState
 from hierfl.records import UPDATE_CONTEXT, update_statement
-from hierfl.types import AttemptKey, RunId, TaskKind, UpdateKey
+from hierfl.types import AttemptKey, ClientRef, RunId, TaskKind, UpdateKey
 from hierfl.wire import hierfl_pb2 as pb
+from hierfl.wire import transfer
 from hierfl.wire.convert import key_from_proto
 
 __all__ = ["Session", "Site"]
 
-RETRY_PAUSE_S = 0.5
-KEEP_FAILURES = 20
-"""Files with tracebacks that a client keeps."""
+T = TypeVar("T")
+
+LONGEST_PAUSE_S = 10.0
+"""Between two tries of a call while the link is up."""
 
 _TRY_AGAIN = (Unreachable, TransferIncomplete, DigestMismatch)
 """What a better moment may mend."""
@@ -65,24 +68,34 @@ class Site:
     site_config: Mapping[str, str]
     worker: Worker
     say: Callable[[str], None]
+    on_round_over: Callable[[ClientRef, AttemptKey], None] = lambda client, key: None
+    """Called when a client has nothing more to do for a round: last word, or declined."""
     models: ModelCache = field(default_factory=ModelCache)
     own_models: OwnModels = field(default_factory=OwnModels)
 
 
+class _Stage(Enum):
+    """Of an answer. Only user code at work cannot be called back."""
+
+    WAITING = "waiting"  # for the model, or for its turn
+    WORKING = "working"
+    HANDING_IN = "handing in"
+
+
 @dataclass(eq=False)
 class _Answer:
-    """Work being answered. ``plan`` is the newest attempt's; ``withdrawn`` once that attempt is over."""
+    """Work being answered. ``plan`` is of the newest attempt; ``withdrawn`` once that attempt is over."""
 
     plan: Plan
-    task: asyncio.Task[None] | None = None
+    stage: _Stage = _Stage.WAITING
     withdrawn: bool = False
-    handing_in: bool = False
+    task: asyncio.Task[None] | None = None
 
 
 class Session:
-    """See the module. One folder, one certificate, one link."""
+    """See the module. One certificate, one folder, one link."""
 
-    def __init__(self, kit: Kit, site: Site, folder: Path, on_last_word: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, kit: Kit, site: Site, directory: Path) -> None:
         """Open the client's folder.
 
         Raises:
@@ -93,15 +106,12 @@ class Session:
         self.client = kit.identity.client_ref
         app = site.policy.app
         self.link = Link(kit, [(app.name, app.version)], self.say)
-        self.folder = make_folder(folder / f"{self.client.region}.{self.client.site}.{self.client.client}")
-        self._lock = FolderLock(self.folder, str(kit.identity))
-        self.updates = HeldUpdates(self.folder)
-        self.local = LocalTensors(self.folder)
-        self._epoch = _EpochFile(self.folder / "leader_epoch")
-        self._answers: dict[str, _Answer] = {}
-        self._on_last_word = on_last_word
-        for held in self.updates.drop_expired():
-            self.say(f"{_round_of(held.key)}: its update was held for {held.hold_s:g} s without a last word; dropped")
+        self.folder = ClientFolder(directory, self.client)
+        self.updates = self.folder.updates
+        self._answers: dict[Work, _Answer] = {}
+        self._newest_round: dict[RunId, int] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._drop_expired()
         if len(self.updates):
             self.say(f"{len(self.updates)} update(s) held from before; handed in when asked")
 
@@ -115,20 +125,26 @@ class Session:
             async for event in self.link.events():
                 await self._on_event(event)
         finally:
-            for answer in list(self._answers.values()):
-                if answer.task is not None:
-                    answer.task.cancel()
-            self._lock.close()
+            for task in list(self._tasks):
+                task.cancel()
+            self.folder.close()
 
     async def stop(self) -> None:
-        """Tell the combiner not to wait for what is still being worked on. Best effort, soon."""
-        open_keys = [answer.plan.key for answer in self._answers.values() if not answer.handing_in]
-        for key in open_keys:
-            try:
-                async with asyncio.timeout(1.0):
-                    await self.link.decline(key, "stopping")
-            except (HierFLError, TimeoutError):
-                return
+        """Tell the combiner not to wait for what is still being worked on: once, and soon."""
+        for answer in list(self._answers.values()):
+            if answer.stage is not _Stage.HANDING_IN and not answer.withdrawn and self.link.is_up:
+                try:
+                    async with asyncio.timeout(1.0):
+                        await self.link.decline(answer.plan.key, "stopping")
+                except (HierFLError, TimeoutError):
+                    return
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Start what may wait for the link: nothing that the link's own events wait for does."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
     # ---------------------------------------------------------------- events
 
@@ -136,9 +152,9 @@ class Session:
         kind = event.WhichOneof("event")
         try:
             if kind == "welcome":
-                await self._ask_for_receipts()
+                self._spawn(self._ask_for_receipts())
             elif kind == "offer":
-                await self._on_offer(event.offer)
+                self._on_offer(event.offer)
             elif kind == "receipt":
                 self._on_receipt(self.link.receipt(event.receipt))
             elif kind == "withdrawal":
@@ -156,134 +172,169 @@ class Session:
                 self._on_receipt(receipt)
         except _TRY_AGAIN:
             return  # the link is down again; asked once more when it is up
+        except HierFLError as error:
+            self.say(f"what became of the updates held here is not known yet: {error}")
 
-    async def _on_offer(self, offer: pb.Offer) -> None:
+    def _on_offer(self, offer: pb.Offer) -> None:
         try:
-            plan = accept(offer, self.link.kit, self.site.policy, self._epoch.value, datetime.now(UTC))
+            plan = accept(offer, self.link.kit, self.site.policy, self.folder.leader_epoch, datetime.now(UTC))
         except StaleEpoch as error:
             self.say(f"an offer was left unanswered: {error}")
-            return
-        except (HierFLError, IdentityError) as error:
-            await self._refuse(offer, error)
-            return
-        self._epoch.raise_to(offer.leader_epoch)
-        self._forget_earlier(plan)
-        work_id = Work.of(plan).id
-        answer = self._answers.get(work_id)
+        except HierFLError as error:
+            code = decline_code(error)
+            self.say(f"declined an offer ({code}): {error}")
+            self._spawn(self._decline(key_from_proto(offer.key), code))
+        else:
+            self.folder.raise_epoch(offer.leader_epoch)
+            self._forget_earlier(plan)
+            self._take_up(plan, offer.traceparent)
+
+    def _take_up(self, plan: Plan, traceparent: str) -> None:
+        work = Work.of(plan)
+        answer = self._answers.get(work)
         if answer is not None and answer.plan.attempt >= plan.attempt and not answer.withdrawn:
             return  # said twice
-        if answer is not None and not answer.handing_in:
+        if answer is not None and answer.stage is not _Stage.HANDING_IN:
             answer.plan, answer.withdrawn = plan, False  # what is being made answers the new attempt
             return
-        if answer is not None and answer.task is not None:
-            answer.task.cancel()
-        self._start(work_id, plan, offer.traceparent)
-
-    def _start(self, work_id: str, plan: Plan, traceparent: str) -> None:
-        answer = self._answers[work_id] = _Answer(plan)
-        answer.task = asyncio.create_task(self._run_answer(work_id, answer, traceparent))
-
-    async def _refuse(self, offer: pb.Offer, error: HierFLError) -> None:
-        code = decline_code(error)
-        self.say(f"declined an offer ({code}): {error}")
-        await self._decline(key_from_proto(offer.key), code)
+        if answer is not None:
+            self._call_back(work, answer)
+        answer = self._answers[work] = _Answer(plan)
+        answer.task = self._spawn(self._run_answer(work, answer, traceparent))
 
     def _on_receipt(self, receipt: Receipt) -> None:
         held = self.updates.find_key(receipt.key.attempt)
-        if held is None or (receipt.digest and receipt.digest != held.digest):
+        state = receipt.state
+        if held is None or state is held.state or (receipt.digest and receipt.digest != held.digest):
             return
-        where, state = _round_of(held.key), receipt.state
-        if state is held.state:
-            return
+        if held.state is ReceiptState.SEALED and not state.is_last_word:
+            return  # overtaken on its way
+        where = round_of(held.key)
         if state is ReceiptState.COMMITTED:
-            self.updates.drop(held.work)
             self.say(f"{where}: counted in model version {receipt.version}")
-        elif state is ReceiptState.NOT_COUNTED and receipt.reason in _FINAL_REASONS:
-            self.updates.drop(held.work)
+        elif state is ReceiptState.NOT_COUNTED:
             self.say(f"{where}: not counted ({receipt.reason})")
+        elif state is ReceiptState.SEALED:
+            self.say(f"{where}: sealed in the region's sum")
+        if state is ReceiptState.COMMITTED or receipt.reason in _FINAL_REASONS:
+            self.updates.drop(held.work)
         else:
-            self.updates.mark(held, state)
-            if state is ReceiptState.SEALED:
-                self.say(f"{where}: sealed in the region's sum")
-            elif state is ReceiptState.NOT_COUNTED:
-                self.say(f"{where}: not counted ({receipt.reason}); kept in case the round is tried again")
+            self.updates.mark(held, state)  # one not counted may yet answer another attempt
         if state.is_last_word:
-            self._on_last_word()
+            self.site.on_round_over(self.client, held.key)
 
     def _on_withdrawal(self, key: AttemptKey, reason: str) -> None:
-        for answer in self._answers.values():
+        for work, answer in list(self._answers.items()):
             if answer.plan.key == key and not answer.withdrawn:
                 answer.withdrawn = True
-                self.say(f"{_round_of(key)}: this attempt is over ({reason or 'closed'})")
-                if answer.handing_in and answer.task is not None:
-                    answer.task.cancel()
+                self.say(f"{round_of(key)}: this attempt is over ({reason or 'closed'})")
+                if answer.stage is not _Stage.WORKING:
+                    self._call_back(work, answer)
+
+    def _call_back(self, work: Work, answer: _Answer) -> None:
+        del self._answers[work]
+        if answer.task is not None:
+            answer.task.cancel()
 
     def _forget_earlier(self, plan: Plan) -> None:
         """The run has moved on: no attempt at an earlier round can come any more."""
+        self._drop_expired()
         for held in self.updates:
             earlier = held.work.run == plan.run and held.work.round < plan.round
             if earlier and held.state is ReceiptState.NOT_COUNTED:
                 self.updates.drop(held.work)
 
+    def _drop_expired(self) -> None:
+        for held in self.updates.drop_expired():
+            self.say(f"{round_of(held.key)}: its update was held for {held.hold_s:g} s without a last word; dropped")
+
     # ---------------------------------------------------------------- answering
 
-    async def _run_answer(self, work_id: str, answer: _Answer, traceparent: str) -> None:
+    async def _run_answer(self, work: Work, answer: _Answer, traceparent: str) -> None:
         try:
             with observe.remote_parent(traceparent):
-                await self._answer(answer)
+                await self._answer(work, answer)
         except TaskFailed as failed:
             await self._on_failure(answer, failed)
         except StorageError as error:
             await self._on_failure(answer, TaskFailed("storage", str(error)))
         except RoundClosed as error:
-            self.say(f"{_round_of(answer.plan.key)}: came too late: {error}")
+            self.say(f"{round_of(answer.plan.key)}: too late for this attempt: {error}")
         except HierFLError as error:
-            self.say(f"{_round_of(answer.plan.key)}: the update was not taken: {error}")
+            self.say(f"{round_of(answer.plan.key)}: the update was not taken: {error}")
         except Exception as error:  # noqa: BLE001  a bug of ours must not end the client's other work in silence
-            failed = TaskFailed("train_error", f"unexpected {type(error).__name__}: {error}", traceback.format_exc())
-            await self._on_failure(answer, failed)
+            sentence = f"unexpected {type(error).__name__}: {error}"
+            await self._on_failure(answer, TaskFailed("train_error", sentence, traceback.format_exc()))
         finally:
-            if self._answers.get(work_id) is answer:
-                del self._answers[work_id]
+            if self._answers.get(work) is answer:
+                del self._answers[work]
 
-    async def _answer(self, answer: _Answer) -> None:
-        work = Work.of(answer.plan)
-        held = self.updates.find(work)
-        if held is None:
-            held = await self._make(answer, work)
-        answer.handing_in = True
+    async def _answer(self, work: Work, answer: _Answer) -> None:
+        held, outgoing = await self._find_held(work)
+        if held is None or outgoing is None:
+            if await self._is_known(answer.plan):
+                return
+            held, outgoing = await self._make(work, answer)
+        answer.stage = _Stage.HANDING_IN
         if answer.withdrawn:
-            self.say(f"{_round_of(held.key)}: kept, in case the round is tried again")
+            self.say(f"{round_of(held.key)}: kept, in case the round is tried again")
             return
         if held.attempt != answer.plan.attempt:
             held = self.updates.address(held, answer.plan.attempt)
-            self.say(f"{_round_of(held.key)}: the update made before answers it; nothing is trained again")
-        await self._hand_in(held)
+            self.say(f"{round_of(held.key)}: answered with the update made before")
+        await self._hand_in(held, outgoing)
 
-    async def _make(self, answer: _Answer, work: Work) -> Held:
-        """Fetch, train, hold. Durable when it returns."""
-        plan = answer.plan
+    async def _find_held(self, work: Work) -> tuple[Held | None, transfer.Outgoing | None]:
+        held = self.updates.find(work)
+        if held is None:
+            return None, None
+        try:
+            return held, await asyncio.to_thread(self.updates.outgoing, held)
+        except StoreDamaged as error:
+            self.say(str(error))
+            return None, None
+
+    async def _is_known(self, plan: Plan) -> bool:
+        """Whether the combiner has had an update of ours that is no longer here.
+
+        Asked where it could be so: at the first offer of a run in this process, and at a round seen before.
+        """
+        newest = self._newest_round.get(plan.run, plan.round)
+        self._newest_round[plan.run] = max(newest, plan.round)
+        if plan.round > newest:
+            return False
+        receipts = await self._patiently(lambda: self.link.receipts([plan.key]), f"{round_of(plan.key)}: not begun")
+        known = [receipt for receipt in receipts if receipt.state is not ReceiptState.OFFERED]
+        for receipt in known:
+            self.say(f"{round_of(plan.key)}: the combiner has this client's update already ({receipt.state})")
+        return bool(known)
+
+    async def _make(self, work: Work, answer: _Answer) -> tuple[Held, transfer.Outgoing]:
+        """Fetch, train, hold. The update is durable when this returns."""
+        plan, site = answer.plan, self.site
         model = await self._fetch(plan)
-        site = self.site
 
         def started() -> None:
-            self.say(f"{_round_of(plan.key)}: {'training' if plan.task.kind is TaskKind.TRAIN else 'evaluating'}")
+            answer.stage = _Stage.WORKING
+            self.say(f"{round_of(plan.key)}: {'training' if plan.task.kind is TaskKind.TRAIN else 'evaluating'}")
 
-        def make() -> tuple[Made, Held]:
+        def make() -> tuple[Made, Held, transfer.Outgoing]:
             first = site.own_models.local_of(site.policy.app, plan, model.layout)
-            local = {**first, **self.local.load(plan.run, plan.round)}
+            local = {**first, **self.folder.local.load(plan.run, plan.round)}
             made = do_task(site.policy.app, plan, model.layout, model.vectors, local, site.site_config, self.client)
-            return made, self._hold(plan, work, made, local)
+            return made, *self._hold(plan, work, made, local)
 
-        made, held = await site.worker.run(make, started)
-        self.say(f"{_round_of(plan.key)}: {'; '.join(made.said) or 'nothing to evaluate here'}; held on disk")
-        return held
+        made, held, outgoing = await site.worker.run(make, started)
+        self.say(f"{round_of(plan.key)}: {'; '.join(made.said) or 'nothing to evaluate here'}")
+        return held, outgoing
 
-    def _hold(self, plan: Plan, work: Work, made: Made, local: Mapping[str, np.ndarray]) -> Held:
-        """On the worker's thread: encode, hash, write. Local tensors first: a crash between the two repeats the round."""
+    def _hold(
+        self, plan: Plan, work: Work, made: Made, local: Mapping[str, np.ndarray]
+    ) -> tuple[Held, transfer.Outgoing]:
+        """On the worker's thread. Local tensors first: a crash before the update is held repeats the round."""
         outgoing = encode_update(plan.base.layout_hash, made.vectors, made.head)
         if plan.task.kind is TaskKind.TRAIN:
-            self.local.save(plan.run, plan.round, {**local, **made.local})
+            self.folder.local.save(plan.run, plan.round, {**local, **made.local})
         held = Held(
             work=work,
             attempt=plan.attempt,
@@ -296,49 +347,37 @@ class Session:
             hold_s=plan.hold_s,
         )
         self.updates.save(held, made.vectors)
-        return held
+        return held, outgoing
 
     async def _fetch(self, plan: Plan) -> FetchedModel:
         with observe.span(observe.SPAN_MODEL_FETCH, run=plan.run, round=plan.round, site=self.client.site):
-            while True:
-                try:
-                    model = await self.site.models.get(plan, self.link.fetch_model)
-                    check_groups(plan, model.layout)
-                    return model
-                except _TRY_AGAIN as error:
-                    self.say(f"{_round_of(plan.key)}: the model did not come: {error}; trying again")
-                    await asyncio.sleep(RETRY_PAUSE_S)
-                except HierFLError as error:
-                    raise TaskFailed(decline_code(error), f"the model cannot be used: {error}") from None
-
-    async def _hand_in(self, held: Held) -> None:
-        """Until the combiner has it, or says what became of it. A link that breaks is waited for."""
-        outgoing = await asyncio.to_thread(self.updates.outgoing, held)
-        key = UpdateKey(held.key, self.client)
-        statement = update_statement(key, held.digest, held.head.weight)
-        signature = self.link.kit.sign(statement, UPDATE_CONTEXT)
-        while True:
             try:
-                with observe.span(
-                    observe.SPAN_UPLOAD,
-                    run=held.work.run,
-                    round=held.work.round,
-                    site=self.client.site,
-                    bytes=outgoing.length_bytes,
-                ):
-                    receipt = await self._known(held) or await self._send(held, outgoing, signature)
-                self._on_receipt(receipt)
-                return
-            except _TRY_AGAIN as error:
-                self.say(f"{_round_of(held.key)}: the update is not with the combiner yet: {error}")
-                await asyncio.sleep(RETRY_PAUSE_S)
+                model = await self._patiently(
+                    lambda: self.site.models.get(plan, self.link.fetch_model), f"{round_of(plan.key)}: no model yet"
+                )
+                check_groups(plan, model.layout)
+            except HierFLError as error:
+                raise TaskFailed(decline_code(error), f"the model cannot be used: {error}") from None
+            return model
 
-    async def _known(self, held: Held) -> Receipt | None:
-        """What the combiner already has under this key."""
-        receipts = await self.link.receipts([held.key])
-        return next((r for r in receipts if r.state is not ReceiptState.OFFERED), None)
+    async def _hand_in(self, held: Held, outgoing: transfer.Outgoing) -> None:
+        """Until the combiner has it, or says what became of it."""
+        statement = update_statement(UpdateKey(held.key, self.client), held.digest, held.head.weight)
 
-    async def _send(self, held: Held, outgoing: "transfer.Outgoing", signature: bytes) -> Receipt:
+        async def send() -> Receipt:
+            with observe.span(
+                observe.SPAN_UPLOAD,
+                run=held.work.run,
+                round=held.work.round,
+                site=self.client.site,
+                bytes=outgoing.length_bytes,
+            ):
+                signature = self.link.kit.sign(statement, UPDATE_CONTEXT)  # by the certificate of this connection
+                return await self._send(held, outgoing, signature)
+
+        self._on_receipt(await self._patiently(send, f"{round_of(held.key)}: the update is not with the combiner yet"))
+
+    async def _send(self, held: Held, outgoing: transfer.Outgoing, signature: bytes) -> Receipt:
         while True:
             answer = await self.link.admit(held.key, outgoing, held.head.weight, signature)
             kind = answer.WhichOneof("answer")
@@ -348,58 +387,41 @@ class Session:
                 return self.link.receipt(answer.receipt)
             await asyncio.sleep(answer.retry_after_ms / 1000)
 
+    async def _patiently(self, call: Callable[[], Coroutine[Any, Any, T]], what: str) -> T:
+        """Call until it succeeds or fails for good; a link that is down is waited for."""
+        waits = Waits(lambda reason: self.say(f"{what}: {reason}"), LONGEST_PAUSE_S)
+        while True:
+            await self.link.wait_until_up()
+            try:
+                return await call()
+            except _TRY_AGAIN as error:
+                await asyncio.sleep(waits.next_pause_s(str(error)))
+
     # ---------------------------------------------------------------- saying no
 
     async def _on_failure(self, answer: _Answer, failed: TaskFailed) -> None:
-        where = self._write_failure(answer.plan.key, failed)
-        self.say(f"{_round_of(answer.plan.key)}: declined ({failed.code}): {failed.sentence}{where}")
+        key = answer.plan.key
+        where = self._write_failure(key, failed.details) if failed.details else ""
+        self.say(f"{round_of(key)}: declined ({failed.code}): {failed.sentence}{where}")
         if not answer.withdrawn:
-            await self._decline(answer.plan.key, failed.code)
+            await self._decline(key, failed.code)
 
-    def _write_failure(self, key: AttemptKey, failed: TaskFailed) -> str:
-        """Keep the traceback at the site; where it is, in words."""
-        if not failed.details:
-            return ""
-        folder = make_folder(self.folder / "failures")
-        path = folder / f"{key.run}-{key.task}-{key.round}.{key.attempt}.txt"
+    def _write_failure(self, key: AttemptKey, details: str) -> str:
         try:
-            write_durably(path, (failed.details.encode(),))
+            return f"; details, which stay here, are in {self.folder.write_failure(key, details)}"
         except StorageError as error:
-            return f" (and {error})"
-        by_age = sorted(folder.glob("*.txt"), key=lambda file: file.stat().st_mtime_ns)
-        for old in by_age[:-KEEP_FAILURES]:
-            old.unlink(missing_ok=True)
-        return f"; details, which stay here, in {path}"
+            return f"; its details are lost: {error}"
 
     async def _decline(self, key: AttemptKey, code: str) -> None:
-        """A code, never text. A link that is down is waited for; a refusal of the refusal is the end of it."""
-        while True:
-            try:
-                await self.link.decline(key, code)
-                return
-            except _TRY_AGAIN:
-                await asyncio.sleep(RETRY_PAUSE_S)
-            except HierFLError:
-                return
-
-
-class _EpochFile:
-    """The highest leader epoch that this client has obeyed; it outlasts restarts."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
+        """Say no with a code, never a text."""
         try:
-            self.value = int(path.read_text()) if path.exists() else 0
-        except ValueError:
-            raise StoreDamaged(f"{path} does not hold a number; remove it") from None
-
-    def raise_to(self, epoch: int) -> None:
-        if epoch > self.value:
-            write_durably(self._path, (str(epoch).encode(),))
-            self.value = epoch
+            await self._patiently(lambda: self.link.decline(key, code), f"{round_of(key)}: not declined yet")
+        except HierFLError as error:
+            self.say(f"{round_of(key)}: the combiner does not take the refusal: {error}")
+        self.site.on_round_over(self.client, key)
 
 
-def _round_of(key: AttemptKey) -> str:
+def round_of(key: AttemptKey) -> str:
     """A key for people: ``round 3``, ``round 3, attempt 2``, ``evaluation``."""
     what = f"round {key.round}" if key.task is TaskKind.TRAIN else "evaluation"
     return f"{what}, attempt {key.attempt}" if key.attempt > 1 else what

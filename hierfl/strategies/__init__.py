@@ -3,7 +3,18 @@
 ``get(name, options)`` makes one, ``names()`` lists them, ``Strategy`` is what to write for a new one.
 """
 
-from hierfl.strategies.base import State, Strategy, Vectors, delta_groups, moved, power, train_part
+from hierfl.strategies.base import Memory, State, Step, Strategy, Vectors, advance, delta_groups, power
 from hierfl.strategies.registry import get, names
 
-__all__ = ["State", "Strategy", "Vectors", "delta_groups", "get", "moved", "names", "power", "train_part"]
+__all__ = [
+    "Memory",
+    "State",
+    "Step",
+    "Strategy",
+    "Vectors",
+    "advance",
+    "delta_groups",
+    "get",
+    "names",
+    "power",
+]

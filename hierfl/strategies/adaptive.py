@@ -29,13 +29,13 @@ from hierfl.strategies.base import (
     FLAG,
     FRACTION,
     POSITIVE,
+    Memory,
     State,
     Vectors,
+    advance,
     check_options,
     delta_groups,
-    moved,
     power,
-    train_part,
     zeros_like_train,
 )
 from hierfl.types import Float32Array, Float64Array
@@ -177,9 +177,10 @@ def _apply(
     divisors: tuple[float, float],
 ) -> tuple[dict[str, Float32Array], State]:
     """One round of algorithm 2. ``divisors`` of m and v correct their bias; dividing by 1 changes no bit."""
-    means = total.finish()
-    delta = train_part(means)
-    m = beta_1 * state.arrays["m"] + (1.0 - beta_1) * delta
-    v = second_moment(state.arrays["v"], delta * delta)
-    step = learning_rate * (m / divisors[0]) / (np.sqrt(v / divisors[1]) + tau)
-    return moved(params, means | {"train": step}), State(state.step + 1, {"m": m, "v": v})
+
+    def step(delta: Float64Array, memory: Memory) -> tuple[Float64Array, Memory]:
+        m = beta_1 * memory["m"] + (1.0 - beta_1) * delta
+        v = second_moment(memory["v"], delta * delta)
+        return learning_rate * (m / divisors[0]) / (np.sqrt(v / divisors[1]) + tau), {"m": m, "v": v}
+
+    return advance(params, total, state, step)

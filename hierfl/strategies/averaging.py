@@ -16,15 +16,15 @@ from hierfl.strategies.base import (
     FRACTION,
     NOT_NEGATIVE,
     POSITIVE,
+    Memory,
     State,
     Vectors,
+    advance,
     check_options,
     delta_groups,
-    moved,
-    train_part,
     zeros_like_train,
 )
-from hierfl.types import Float32Array
+from hierfl.types import Float32Array, Float64Array
 
 __all__ = ["FedAvg", "FedAvgM", "FedProx"]
 
@@ -57,7 +57,7 @@ class FedAvg:
         return State()
 
     def apply(self, params: Vectors, total: PartialAggregate, state: State) -> tuple[dict[str, Float32Array], State]:
-        return _step_along_mean(params, total, self.learning_rate), State(state.step + 1)
+        return advance(params, total, state, lambda delta, _: (self.learning_rate * delta, {}))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,10 +88,11 @@ class FedAvgM:
         return State(arrays={"momentum": zeros_like_train(params)})
 
     def apply(self, params: Vectors, total: PartialAggregate, state: State) -> tuple[dict[str, Float32Array], State]:
-        means = total.finish()
-        velocity = self.momentum * state.arrays["momentum"] + train_part(means)
-        steps = means | {"train": self.learning_rate * velocity}
-        return moved(params, steps), State(state.step + 1, {"momentum": velocity})
+        def step(delta: Float64Array, memory: Memory) -> tuple[Float64Array, Memory]:
+            velocity = self.momentum * memory["momentum"] + delta
+            return self.learning_rate * velocity, {"momentum": velocity}
+
+        return advance(params, total, state, step)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,9 +124,4 @@ class FedProx:
         return State()
 
     def apply(self, params: Vectors, total: PartialAggregate, state: State) -> tuple[dict[str, Float32Array], State]:
-        return _step_along_mean(params, total, self.learning_rate), State(state.step + 1)
-
-
-def _step_along_mean(params: Vectors, total: PartialAggregate, learning_rate: float) -> dict[str, Float32Array]:
-    means = total.finish()
-    return moved(params, means | {"train": learning_rate * train_part(means)})
+        return advance(params, total, state, lambda delta, _: (self.learning_rate * delta, {}))

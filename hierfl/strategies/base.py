@@ -14,7 +14,7 @@ from typing import ClassVar, NamedTuple, Protocol, cast
 import numpy as np
 
 from hierfl import kernels
-from hierfl.aggregation import ColumnGroup, GroupKind, PartialAggregate, Weighting, choose_scale
+from hierfl.aggregation import FINISH_BLOCK, ColumnGroup, GroupKind, PartialAggregate, Weighting, choose_scale
 from hierfl.errors import ConfigError, ConfigErrors, StoreDamaged, ValueOutOfRange
 from hierfl.layout import Layout
 from hierfl.types import Float32Array, Float64Array
@@ -24,20 +24,25 @@ __all__ = [
     "FRACTION",
     "NOT_NEGATIVE",
     "POSITIVE",
+    "Memory",
     "Rule",
     "State",
+    "Step",
     "Strategy",
     "Vectors",
+    "advance",
     "check_options",
     "delta_groups",
-    "moved",
     "power",
-    "train_part",
     "zeros_like_train",
 ]
 
 Vectors = Mapping[str, Float32Array]
 """A model as its layout's flat vectors, each of shape ``(n,)``."""
+
+Memory = Mapping[str, Float64Array]
+Step = Callable[[Float64Array, Memory], tuple[Float64Array, Memory]]
+"""From the mean delta and what is remembered of it, to the step and what to remember: value by value, in blocks."""
 
 MEAN_MAX_ABS = 2.0**20
 FLOAT32_MAX = np.finfo(np.float32).max
@@ -121,32 +126,47 @@ def delta_groups(layout: Layout, max_abs: float, total_weight: int) -> tuple[Col
     )
 
 
-def train_part(vectors: Mapping[str, Float64Array]) -> Float64Array:
-    """The vector that strategies act on; without values where the layout has no such vector."""
-    return vectors.get("train", np.empty(0, np.float64))
-
-
 def zeros_like_train(params: Vectors) -> Float64Array:
     """As many float64 zeros as ``train`` has values."""
     return np.zeros(params["train"].size if "train" in params else 0, np.float64)
 
 
-def moved(params: Vectors, steps: Mapping[str, Float64Array]) -> dict[str, Float32Array]:
-    """The next model, ``float32(params + step)``, vector by vector.
+def advance(
+    params: Vectors, total: PartialAggregate, state: State, step: Step
+) -> tuple[dict[str, Float32Array], State]:
+    """One round of an elementwise rule: the next model is ``float32(params + step)``, vector by vector.
+
+    ``train`` moves by what ``step`` makes of its mean delta, every other vector by its mean delta. Works on blocks
+    that fit the cache; no bit depends on where they end.
 
     Raises:
-        ValueOutOfRange: A value of it would not be finite.
+        ValueOutOfRange: No update is in the sum, or a value of the model would not be finite.
+        StoreDamaged: The state is another model's.
     """
-    model: dict[str, Float32Array] = {}
+    total.require_updates()
+    groups = {group.name: group for group in total.groups}
+    model = {name: np.empty(vector.size, np.float32) for name, vector in params.items()}
+    after = {key: np.empty(array.size, np.float64) for key, array in state.arrays.items()}
+    if any("train" in params and array.shape != params["train"].shape for array in after.values()):
+        raise StoreDamaged("a strategy's state has another number of values than the model")
     for name, vector in params.items():
-        with np.errstate(over="ignore", invalid="ignore"):  # looked for below
-            model[name] = (vector + steps[name]).astype(np.float32)
-        bad = kernels.active().first_out_of_range(model[name], FLOAT32_MAX)
-        if bad >= 0:
-            raise ValueOutOfRange(
-                f"value {bad} of vector {name!r} would become {model[name][bad]}; try a lower learning rate"
-            )
-    return model
+        for start in range(0, vector.size, FINISH_BLOCK):
+            part = slice(start, start + FINISH_BLOCK)
+            change = total.finish_part(groups[name], part)
+            if name == "train":
+                change, memory = step(change, {key: array[part] for key, array in state.arrays.items()})
+                for key, values in memory.items():
+                    after[key][part] = values
+            with np.errstate(over="ignore", invalid="ignore"):  # looked for below
+                model[name][part] = vector[part] + change
+        _require_finite(name, model[name])
+    return model, State(state.step + 1, after)
+
+
+def _require_finite(name: str, vector: Float32Array) -> None:
+    bad = kernels.active().first_out_of_range(vector, FLOAT32_MAX)
+    if bad >= 0:
+        raise ValueOutOfRange(f"value {bad} of vector {name!r} would become {vector[bad]}; try a lower learning rate")
 
 
 def power(base: float, exponent: int) -> float:

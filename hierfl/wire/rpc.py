@@ -8,8 +8,9 @@ in ``hello``, and stands in every error from then on.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import grpc
@@ -19,6 +20,7 @@ from hierfl import __version__, observe
 from hierfl.errors import HierFLError, TransferIncomplete
 from hierfl.types import AttemptKey
 from hierfl.wire import hierfl_pb2 as pb
+from hierfl.wire import transfer
 from hierfl.wire.models import check_model
 from hierfl.wire.status import from_rpc_error
 from hierfl.wire.transfer import Expect, Incoming, Outgoing
@@ -35,6 +37,7 @@ __all__ = [
     "frames_of",
     "hello",
     "outgoing_frames",
+    "send_frames",
     "stub",
     "upload_frames",
 ]
@@ -47,6 +50,12 @@ DEADLINES_S: Mapping[str, float | None] = {"Admit": None}
 
 SILENCE_S = 30.0
 """A transfer without a frame for so long has ended; one that keeps sending, however slowly, has not."""
+
+GO_ON = ("hierfl-transfer", "go-on")
+"""Initial metadata by which a server accepts a transfer's header."""
+
+DRAIN_S = 5.0
+"""Longest time that a server reads on after a transfer has turned out wrong."""
 
 INLINE_BYTES = 65_536
 """A smaller frame is checked on the event loop: handing it to a thread would cost more."""
@@ -67,7 +76,7 @@ def _message(descriptor: Descriptor) -> Any:
 
 def _reader(descriptor: Descriptor) -> Callable[[bytes], Any] | None:
     """How gRPC reads a message; ``None`` leaves its bytes alone."""
-    return None if descriptor.name == "RawFrame" else _message(descriptor).FromString  # type: ignore[no-any-return]
+    return None if descriptor.name == "RawFrame" else _message(descriptor).FromString
 
 
 def _writer(descriptor: Descriptor) -> Callable[[Any], bytes] | None:
@@ -96,9 +105,55 @@ def add_service(server: grpc.aio.Server, name: str, servicer: object) -> None:
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service.full_name, handlers),))
 
 
-def _handler(method: MethodDescriptor, behaviour: Callable[..., Any]) -> grpc.RpcMethodHandler:
+def _handler(method: MethodDescriptor, behaviour: Callable[..., Any]) -> Any:
     make = getattr(grpc, f"{_arity(method)}_rpc_method_handler")
+    if method.client_streaming:
+        behaviour = _taking_frames(behaviour)
     return make(behaviour, _reader(method.input_type), _writer(method.output_type))
+
+
+def _taking_frames(behaviour: Callable[..., Any]) -> Callable[..., Any]:
+    async def answer(frames: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> Any:
+        taken = _Frames(frames, context)
+        try:
+            return await behaviour(taken, context)
+        except HierFLError:
+            await taken.drain()
+            raise
+
+    return answer
+
+
+class _Frames:
+    """The frames of a call. A handler that asks for one after the header accepts it: the caller is told to go on.
+
+    A caller waits for that word (``GO_ON`` in the call's initial metadata) before it sends a chunk. So what is refused by its
+    header costs no bandwidth, and the refusal arrives: grpc.aio replaces the status of a call that ends while it is
+    being written to (grpc issue 36066), which is also why the frames of an accepted call are read before it fails.
+    """
+
+    def __init__(self, frames: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
+        self._frames, self._context = aiter(frames), context
+        self._has_header = self._accepted = False
+
+    def __aiter__(self) -> _Frames:
+        return self
+
+    async def __anext__(self) -> bytes:
+        if self._has_header and not self._accepted:
+            self._accepted = True
+            await self._context.send_initial_metadata((GO_ON,))
+        frame = await anext(self._frames)
+        self._has_header = self._has_header or not transfer.continues(frame)
+        return frame
+
+    async def drain(self) -> None:
+        """Read on, for a while, what the caller of a failed call is still sending."""
+        if self._accepted:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(DRAIN_S):
+                    async for _ in self._frames:
+                        pass
 
 
 def answer_hello(request: pb.HelloRequest, name: str = "the server") -> pb.HelloResponse:
@@ -125,16 +180,22 @@ def _encode(outgoing: Outgoing) -> str:
 # ---------------------------------------------------------------- receiving
 
 
-async def first_frame(frames: AsyncIterable[bytes], silence_s: float = SILENCE_S) -> bytes:
-    """The header's frame: ``transfer.read_header`` says what to expect of the rest.
+async def first_frame(
+    frames: AsyncIterable[bytes], silence_s: float = SILENCE_S, max_bytes: int = transfer.MAX_HEADER_BYTES
+) -> bytes:
+    """The header of a transfer, whole. ``transfer.read_header`` says whom it is addressed to, and so what to expect:
+    an ``Incoming`` is then fed this, and the rest by ``frames_of``.
 
     Raises:
-        TransferIncomplete: Nothing came.
+        TransferIncomplete: It ended early, or nothing came for ``silence_s``.
+        WireError: More than ``max_bytes``.
     """
-    frame = await _next_frame(aiter(frames), silence_s)
-    if frame is None:
-        raise TransferIncomplete("transfer: ended before its header")
-    return frame
+    header, stream = b"", aiter(frames)
+    while (frame := await _next_frame(stream, silence_s)) is not None:
+        header = transfer.join_header(header, frame, max_bytes)
+        if not transfer.continues(frame):
+            return header
+    raise TransferIncomplete("transfer: ended before its header")
 
 
 async def frames_of(frames: AsyncIterable[bytes], incoming: Incoming, silence_s: float = SILENCE_S) -> None:
@@ -278,6 +339,27 @@ async def upload_frames(
     """
     await asyncio.to_thread(_encode, outgoing)
     try:
-        return await call(outgoing.frames(key, ticket), metadata=metadata)
+        return await send_frames(call, outgoing.frames(key, ticket), metadata)
     except grpc.RpcError as error:
         raise call.error(error) from None
+
+
+async def send_frames(call: Call, frames: Iterable[bytes], metadata: Metadata = ()) -> Any:
+    """Send frames, header first; the rest once the server has accepted the header. Returns the response.
+
+    Raises:
+        grpc.RpcError: The call failed.
+    """
+    sending = call(metadata=metadata)
+    has_header = False
+    try:
+        for frame in frames:
+            await sending.write(frame)
+            if not has_header and not transfer.continues(frame):
+                has_header = True
+                if GO_ON not in await sending.initial_metadata():
+                    return await sending
+        await sending.done_writing()
+    except asyncio.InvalidStateError:
+        pass  # it has ended already: its status, or even its response, says how
+    return await sending

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import grpc
 from google.protobuf import any_pb2
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
@@ -126,8 +127,8 @@ def _sent(error: grpc.RpcError) -> Iterator[HierFLError]:
     """The errors that the server raised; none where gRPC itself, or something between, failed the call."""
     try:
         status = rpc_status.from_call(error)
-    except ValueError:
-        return  # the details contradict the status: not from a server of ours
+    except (ValueError, DecodeError):
+        return  # the details are none, or contradict the status: not from a server of ours
     for packed in status.details if status else ():
         info = error_details_pb2.ErrorInfo()
         if packed.Unpack(info) and info.domain == DOMAIN:

@@ -1,6 +1,7 @@
 """A transfer: flat vectors as header, chunks, trailer; one frame is one gRPC message.
 
-    header    JSON {descriptor, key, protocol, ticket}; the descriptor is a JSON text in it, covered by the digest
+    header    JSON {descriptor, key, protocol, ticket}; the descriptor is a JSON text in it, covered by the digest;
+              above 1 MiB in several frames, each but the last a "+" and 1 MiB of it
     chunks    Arrow record batches, all full but the last of each vector; a chunk is of one vector
     trailer   JSON {digest}
 
@@ -35,13 +36,17 @@ __all__ = [
     "Kind",
     "Outgoing",
     "VectorSpec",
+    "continues",
+    "join_header",
     "read_header",
 ]
 
 PROTOCOL = "hierfl.transfer/1"
 Kind = Literal["model", "update", "partial"]
 
+HEADER_PART_BYTES = 2**20
 MAX_HEADER_BYTES = documents.MAX_DOCUMENT_BYTES
+_CONTINUES = b"+"
 MAX_TRAILER_BYTES = 1024
 MAX_TICKET_BYTES = 256
 MAX_VECTORS = 1024
@@ -194,8 +199,9 @@ class Outgoing:
     def frames(self, key: AttemptKey | None = None, ticket: bytes = b"") -> Iterator[bytes]:
         """Header, chunks, trailer: addressed to ``key``, let in by ``ticket``."""
         chunks, root = self._encode()
-        header = Header(protocol=PROTOCOL, key=key, ticket=ticket.hex(), descriptor=self._text)
-        yield documents.encode(header)
+        header = documents.encode(Header(protocol=PROTOCOL, key=key, ticket=ticket.hex(), descriptor=self._text))
+        _require(len(header) <= MAX_HEADER_BYTES, f"its header would have more than {MAX_HEADER_BYTES} bytes")
+        yield from _header_frames(header)
         yield from chunks
         yield documents.encode(Trailer(digest=root))
 
@@ -223,6 +229,7 @@ class Incoming:
 
     def __init__(self, expect: Expect) -> None:
         self._expect = expect
+        self._head = b""
         self._header: Header | None = None
         self._descriptor: Descriptor | None = None
         self._trailer: Trailer | None = None
@@ -243,7 +250,9 @@ class Incoming:
             WireError: Anything else that does not fit.
         """
         if self._header is None:
-            self._take_header(frame)
+            self._head = join_header(self._head, frame)
+            if not continues(frame):
+                self._take_header(self._head)
         elif self._next is not None:
             self._take_chunk(frame, *self._next)
         elif self._trailer is None:
@@ -302,8 +311,8 @@ class Incoming:
     def _num_chunks(self) -> str:
         return "unknown" if self._descriptor is None else str(self._descriptor.num_chunks)
 
-    def _take_header(self, frame: bytes) -> None:
-        header = read_header(frame)
+    def _take_header(self, head: bytes) -> None:
+        header, self._head = read_header(head), b""
         descriptor = documents.decode(header.descriptor.encode(), Descriptor, "transfer descriptor")
         _check_descriptor(descriptor)
         _check_expected(descriptor, self._expect)
@@ -328,19 +337,45 @@ class Incoming:
         self._trailer = trailer
 
 
-def read_header(frame: bytes) -> Header:
-    """Read a first frame: whom it is addressed to decides what to expect of the rest.
+def continues(frame: bytes) -> bool:
+    """Whether a frame of a header is not its last."""
+    return frame.startswith(_CONTINUES)
+
+
+def join_header(so_far: bytes, frame: bytes, max_bytes: int = MAX_HEADER_BYTES) -> bytes:
+    """The header with one more frame of it; parts are full, so that there are few of them.
+
+    Raises:
+        WireError: More than ``max_bytes``, or a part that continues and is not full.
+    """
+    if continues(frame):
+        _require(len(frame) == len(_CONTINUES) + HEADER_PART_BYTES, "a part of its header is not full")
+        frame = frame[len(_CONTINUES) :]
+    _require(len(so_far) + len(frame) <= max_bytes, f"its header has more than {max_bytes} bytes")
+    return so_far + frame
+
+
+def _header_frames(header: bytes) -> Iterator[bytes]:
+    start = 0
+    while len(header) - start > HEADER_PART_BYTES:
+        yield _CONTINUES + header[start : start + HEADER_PART_BYTES]
+        start += HEADER_PART_BYTES
+    yield header[start:]
+
+
+def read_header(header: bytes) -> Header:
+    """Read a whole header: whom it is addressed to decides what to expect of the rest.
 
     Raises:
         WireError: It is no header of this protocol.
     """
-    _require(len(frame) <= MAX_HEADER_BYTES, f"its header has more than {MAX_HEADER_BYTES} bytes")
-    header = documents.decode(frame, Header, "transfer header")
-    _require(header.protocol == PROTOCOL, f"its protocol is {header.protocol[:40]!r}, not {PROTOCOL!r}")
-    _require(_is_hex(header.ticket) and len(header.ticket) <= 2 * MAX_TICKET_BYTES, "its ticket is no hex")
-    if header.key is not None:
-        check_key(header.key)
-    return header
+    _require(len(header) <= MAX_HEADER_BYTES, f"its header has more than {MAX_HEADER_BYTES} bytes")
+    read = documents.decode(header, Header, "transfer header")
+    _require(read.protocol == PROTOCOL, f"its protocol is {read.protocol[:40]!r}, not {PROTOCOL!r}")
+    _require(_is_hex(read.ticket) and len(read.ticket) <= 2 * MAX_TICKET_BYTES, "its ticket is no hex")
+    if read.key is not None:
+        check_key(read.key)
+    return read
 
 
 def _check_descriptor(descriptor: Descriptor) -> None:

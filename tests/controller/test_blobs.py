@@ -145,7 +145,7 @@ def test_a_record_that_is_not_signed_or_not_of_its_place_is_damage(commits, tmp_
             commits.find(RunId("r"), 1)
     signed = record()
     path.write_bytes(documents.encode(SignedRecord(record=signed.record, signature=b"bad", certificate=b"c")))
-    with pytest.raises(CertificateUntrusted):
+    with pytest.raises(StoreDamaged, match="not ours"):
         commits.find(RunId("r"), 1)
 
 

@@ -157,6 +157,8 @@ class StoreRules:
         store.write(epoch, *(model_row(n) for n in (10, 9, 0)), attempt_row(1, 10), attempt_row(1, 9), attempt_row(10))
         assert [row.round for row in store.rounds(RUN)] == [1, 2, 10, 11]
         assert [row.version for row in store.models(RUN)] == [0, 9, 10]
+        assert store.model(RUN, 9) == model_row(9)
+        assert store.model(RUN, 1) is None
         assert [row.attempt for row in store.attempts(RUN, TaskKind.TRAIN, 1)] == [9, 10]
 
     def test_rows_of_one_run_round_or_attempt_are_not_those_of_another(self, open_store):

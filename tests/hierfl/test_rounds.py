@@ -22,7 +22,6 @@ ROUND_EVENTS = (
     rounds.QuorumUnreachable(reason="r"),
     rounds.ModelCommitted(version=1),
     rounds.MetricsCommitted(version=1),
-    rounds.MergeFailed(reason="r"),
     rounds.AttemptWithdrawn(reason="r"),
 )
 ROUND_LEGAL = {
@@ -34,7 +33,6 @@ ROUND_LEGAL = {
     ("collecting", "ModelCommitted"): "committed",
     ("merging", "ModelCommitted"): "committed",
     ("merging", "MetricsCommitted"): "committed",
-    ("merging", "MergeFailed"): "abandoned",
     ("merging", "AttemptWithdrawn"): "abandoned",
 }
 RUN_EVENTS = (

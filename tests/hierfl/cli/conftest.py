@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,7 @@ def hierfl(
 ) -> Callable[..., Ended]:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
     monkeypatch.delenv("HIERFL_DEBUG", raising=False)
+    monkeypatch.setattr(sys, "path", sys.path.copy())  # an app's folder is put on it
 
     def call(*args: object) -> Ended:
         code = run([str(arg) for arg in args])

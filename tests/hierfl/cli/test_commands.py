@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from hierfl.cli import doctor
-from hierfl.cli.init import TEMPLATES
+from hierfl.cli.init import FILES
 from hierfl.cli.output import table
 from hierfl.client.app import load_app
 from hierfl.client.task import Task
@@ -54,7 +54,7 @@ def test_explain_of_no_code_is_not_found(hierfl):
 def test_init_writes_files_that_are_valid_as_they_are(hierfl, tmp_path):
     ended = hierfl("init", tmp_path / "new")
     assert ended.code == 0
-    assert [Path(line).name for line in ended.out.splitlines()] == list(TEMPLATES)
+    assert [Path(line).name for line in ended.out.splitlines()] == list(FILES)
     config = load_federation(tmp_path / "new" / "federation.toml")
     job = load_job(tmp_path / "new" / "job.toml")
     assert job.round.min_regions <= len(config.regions)
@@ -219,7 +219,7 @@ def test_doctor_looks_at_the_machine(hierfl, tmp_path):
     ended = hierfl("doctor", "--dir", tmp_path, "-o", "json")
     assert ended.code == 0
     found = {finding["check"]: finding["state"] for finding in ended.document["findings"]}
-    assert found["python"] == found["packages for a site's client"] == "ok"
+    assert found["python"] == found["packages of a site's client"] == "ok"
     assert "disk" in found
 
 

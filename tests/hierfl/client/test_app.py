@@ -94,7 +94,7 @@ def test_a_missing_file_and_a_missing_module_are_said(tmp_path: Path) -> None:
 def test_an_app_is_found_by_its_name_in_a_folder(tmp_path: Path) -> None:
     write(tmp_path, GOOD)
     assert find_app("linear", tmp_path).version == "2"
-    with pytest.raises(AppError, match="there is no app 'digits'.*--app"):
+    with pytest.raises(AppError, match=r"there is no app 'digits'.*--app"):
         find_app("digits", tmp_path)
 
 

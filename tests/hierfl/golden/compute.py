@@ -41,7 +41,7 @@ def noise(seed: int, size: int, span: float) -> Float32Array:
 
 
 def main() -> None:
-    if (sys.argv[1] == "numba") != (sys.argv[1] == "numba" and kernels.warm_up()):
+    if sys.argv[1] == "numba" and not kernels.warm_up():
         raise SystemExit("numba is not installed")
     start = {"w": noise(1, NUM_TRAIN, 0.5), "bn": noise(2, NUM_MEAN, 9.0)}
     layout = Layout.of(start, {"bn": Role.MEAN})

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hierfl.aggregation import Accumulator, GroupKind
+from hierfl.aggregation import Accumulator, GroupKind, PartialAggregate
 from hierfl.errors import ConfigError, ConfigErrors, StoreDamaged, ValueOutOfRange
 from hierfl.layout import Layout, Role
 from hierfl.strategies import State, get, names, power
@@ -84,6 +84,20 @@ def test_a_model_that_would_not_be_finite_is_refused(name, params, total):
         strategy.apply(params, total(strategy, 1), strategy.init(params))
 
 
+def test_the_state_of_another_model_is_refused(params, total):
+    strategy = get("fedavgm")
+    with pytest.raises(StoreDamaged, match="another number of values"):
+        strategy.apply(params, total(strategy, 1), strategy.init({"train": np.zeros(2, np.float32)}))
+
+
+@every_strategy
+def test_a_round_over_nobody_is_refused(name, params, layout):
+    strategy = get(name)
+    nobody = PartialAggregate.empty(strategy.column_groups(layout))
+    with pytest.raises(ValueOutOfRange, match="no update"):
+        strategy.apply(params, nobody, strategy.init(params))
+
+
 @pytest.mark.parametrize(
     "arrays",
     [
@@ -127,7 +141,7 @@ PLUG_IN = """
 from dataclasses import dataclass
 from typing import ClassVar
 
-from hierfl.strategies import State, delta_groups, moved
+from hierfl.strategies import State, advance, delta_groups
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,8 +159,7 @@ class Half:
         return State()
 
     def apply(self, params, total, state):
-        means = total.finish()
-        return moved(params, means | {"train": self.share * means["train"]}), State(state.step + 1)
+        return advance(params, total, state, lambda delta, _: (self.share * delta, {}))
 
 
 NOT_A_CLASS = 3

@@ -1,0 +1,335 @@
+"""An intake without its sockets: offers out, updates in, claims and hand-overs with the Region.
+
+Staged updates, accumulators and the incarnation go together: when the Region holds the incarnation void,
+all of it is dropped and every client is sent away to come back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+from combiners.admission import Admitted, Line
+from combiners.checks import check_announced, check_update
+from combiners.folding import Folding
+from combiners.followers import Followers
+from combiners.link import RegionLink
+from combiners.messages import (
+    Answer,
+    Claim,
+    ClaimAnswer,
+    HandOver,
+    Model,
+    Opening,
+    Outcome,
+    RegionPort,
+    Registration,
+    Report,
+)
+from hierfl import observe
+from hierfl.errors import (
+    DigestMismatch,
+    Interrupted,
+    RoundClosed,
+    TransferIncomplete,
+    ValueOutOfRange,
+    WireError,
+)
+from hierfl.plan import Plan
+from hierfl.receipts import Reason, Receipt, ReceiptState
+from hierfl.types import AttemptKey, ClientRef, ModelHash, UpdateKey
+from hierfl.wire import hierfl_pb2 as pb
+from hierfl.wire.convert import key_to_proto, receipt_to_proto
+from hierfl.wire.transfer import Incoming
+
+__all__ = ["Desk", "IntakeSettings"]
+
+RETRY_S = 0.5
+"""A claim that has to wait for a seal is made again after so long, if nothing was heard."""
+RETRY_AFTER_MS = 250
+MODELS_KEPT = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class IntakeSettings:
+    """Bounds of one intake."""
+
+    max_uploads: int = 16
+    """Uploads at once."""
+    staging_bytes: int = 512 * 2**20
+    """Of all uploads at once; a larger one goes alone."""
+    max_following: int = 4000
+    """Clients that may wait at once; more are told to come back."""
+    ticket_s: float = 10.0
+    """Seconds in which an admitted upload has to begin."""
+    silence_s: float = 30.0
+    """An upload without a frame for so long has ended."""
+
+
+class Desk:
+    """See the module. Implements ``IntakePort``."""
+
+    def __init__(self, name: str, region: RegionPort, settings: IntakeSettings) -> None:
+        self.name, self.settings = name, settings
+        self._region = region
+        self.link = RegionLink(
+            region,
+            on_registered=self._registered,
+            on_void=self._void,
+            on_answer=self._answered,
+            traffic=lambda: (self.bytes_in, self.bytes_out),
+        )
+        self.line = Line(
+            max_uploads=settings.max_uploads,
+            max_bytes=settings.staging_bytes,
+            max_waiting=settings.max_following,
+            ticket_s=settings.ticket_s,
+        )
+        self.followers = Followers(self.link.connection)
+        self.attempts: dict[AttemptKey, Folding] = {}
+        self.bytes_in = self.bytes_out = 0
+        self.is_stopping = False
+        self._is_registered = asyncio.Event()
+        self._claiming: dict[UpdateKey, Claim] = {}
+        self._models: dict[ModelHash, asyncio.Task[Model | None]] = {}
+        self._pool = ThreadPoolExecutor(thread_name_prefix="fold")
+
+    async def run(self, address: str) -> None:
+        """Serve the Region, for as long as this intake lives."""
+        await self.link.run(self.name, address, self)
+
+    def stop_admitting(self) -> None:
+        """Take no more updates: what asks from now on is sent away."""
+        self.is_stopping = True
+        self.line.clear()
+
+    def shut(self) -> None:
+        """The end: everyone is sent away."""
+        self.stop_admitting()
+        self.followers.end_all()
+        self._pool.shutdown(wait=False)
+
+    # ------------------------------------------------------------ the incarnation
+
+    def _registered(self, registration: Registration) -> None:
+        self.bytes_in = self.bytes_out = 0
+        for opening in registration.openings:
+            self._open(opening)
+        self._is_registered.set()
+
+    def _void(self) -> None:
+        self._is_registered.clear()
+        for attempt in self.attempts.values():
+            attempt.close()
+        self.attempts.clear()
+        self.line.clear()
+        self.followers.end_all()
+
+    def _answered(self, answer: ClaimAnswer) -> ClaimAnswer:
+        """Note what is granted at once: a freeze that comes next has to wait for its fold."""
+        if answer.answer is not Answer.GRANTED:
+            return answer
+        attempt = self.attempts.get(answer.key.attempt)
+        claim = self._claiming.get(answer.key)
+        if attempt is None or claim is None or not attempt.grant(claim):
+            self.link.report(Report(key=answer.key, outcome=Outcome.LET_GO))
+            return ClaimAnswer(key=answer.key, answer=Answer.LATER)
+        return answer
+
+    # ------------------------------------------------------------ IntakePort
+
+    async def open(self, opening: Opening) -> None:
+        self._open(opening)
+
+    def _open(self, opening: Opening) -> None:
+        known = self.attempts.get(opening.key)
+        if known is not None:
+            known.opening = opening  # a new leader signed it anew
+            return
+        attempt = Folding(opening, Plan.from_bytes(pb.Offer.FromString(opening.offer).plan))
+        self.attempts[opening.key] = attempt
+        for session in self.followers.serving(attempt.plan):
+            session.send(_offer(opening))
+
+    async def freeze(self, key: AttemptKey, seal_id: str) -> HandOver:
+        attempt = self.attempts.get(key)
+        if attempt is None:
+            return HandOver(incarnation=self.link.incarnation, key=key, seal_id=seal_id)
+        await self.link.settled()
+        return await attempt.hand_over(self.link.incarnation, seal_id)
+
+    async def resume(self, key: AttemptKey, seal_id: str) -> None:
+        attempt = self.attempts.get(key)
+        if attempt is not None:
+            attempt.resume()
+
+    async def close(self, key: AttemptKey, reason: str) -> None:
+        attempt = self.attempts.pop(key, None)
+        if attempt is None:
+            return
+        attempt.close()
+        withdrawal = pb.FollowResponse(withdrawal=pb.Withdrawal(key=key_to_proto(key), reason=reason))
+        for session in self.followers.serving(attempt.plan):
+            if session.client not in attempt.folded:
+                session.send(withdrawal)
+
+    async def deliver(self, receipts: tuple[Receipt, ...]) -> None:
+        for receipt in receipts:
+            self.followers.send(receipt.key.client, pb.FollowResponse(receipt=receipt_to_proto(receipt)))
+
+    # ------------------------------------------------------------ for the service
+
+    async def incarnation(self) -> str:
+        """The current one; waits for the Region to give it."""
+        self._require_running()
+        await self._is_registered.wait()
+        return self.link.incarnation
+
+    def offers(self, serving: Callable[[Plan], bool]) -> list[pb.FollowResponse]:
+        """The open offers that a client which serves these gets at once."""
+        return [_offer(attempt.opening) for attempt in self.attempts.values() if serving(attempt.plan)]
+
+    async def admit(self, claim: Claim, length_bytes: int) -> bytes | Receipt | int:
+        """A ticket, what is known of the update already, or the milliseconds after which to ask again.
+
+        Raises:
+            RoundClosed: Its attempt is not open in this region.
+            DigestMismatch: Another update was handed in under this key.
+            ValueOutOfRange, LayoutMismatch: What it announces does not fit the plan.
+        """
+        self._require_running()
+        attempt = self.attempts.get(claim.key.attempt)
+        if attempt is None:
+            return await self._ask_instead(claim)
+        known = attempt.folded.get(claim.key.client)
+        if known is not None:
+            return self._staged(known, claim)
+        check_announced(attempt.plan, claim.weight, length_bytes)
+        if self.line.is_full:
+            return RETRY_AFTER_MS
+        return await self.line.enter(Admitted(claim=claim, length_bytes=length_bytes))
+
+    async def _ask_instead(self, claim: Claim) -> Receipt | int:
+        told = await self.link.ask(claim.key)
+        if told.answer is Answer.LATER:
+            return RETRY_AFTER_MS
+        answer = told if told.receipt is not None else await self.link.claim(claim)
+        return RETRY_AFTER_MS if answer.answer is Answer.LATER else self._receipt_of(answer, claim)
+
+    def plan_of(self, key: AttemptKey) -> Plan:
+        """The plan of an open attempt. Raises ``RoundClosed`` for any other."""
+        attempt = self.attempts.get(key)
+        if attempt is None:
+            raise RoundClosed(_closed(key))
+        return attempt.plan
+
+    async def hand_in(self, claim: Claim, incoming: Incoming) -> Receipt:
+        """Check a received update, claim it, fold it; the receipt is STAGED, or what was known before.
+
+        Raises:
+            RoundClosed: Its attempt has closed meanwhile.
+            WireError: It is refused; the Region waits for this client no more.
+        """
+        plan = self.plan_of(claim.key.attempt)
+        key = claim.key.attempt
+        loop = asyncio.get_running_loop()
+        try:
+            with observe.span(observe.SPAN_CHECK, run=key.run, round=key.round, attempt=key.attempt):
+                head = await loop.run_in_executor(self._pool, check_update, incoming, plan, claim.weight)
+        except WireError as error:
+            self.refused(claim.key, error)
+            raise
+        return await self._claim_and_fold(claim, incoming, head.metrics)
+
+    def refused(self, key: UpdateKey, error: WireError) -> None:
+        """Tell the Region of bytes that will not get better; a transfer that broke may come again."""
+        if not isinstance(error, TransferIncomplete | DigestMismatch):
+            self.link.report(Report(key=key, outcome=Outcome.INVALID))
+
+    async def _claim_and_fold(self, claim: Claim, incoming: Incoming, metrics: Mapping[str, int]) -> Receipt:
+        claim = replace(claim, metrics=frozenset(metrics))
+        while (attempt := self.attempts.get(claim.key.attempt)) is not None:
+            async with attempt.lock_of(claim.key.client):
+                known = attempt.folded.get(claim.key.client)
+                if known is not None:
+                    return self._staged(known, claim)
+                answer = await self._claim(claim)
+                if answer.answer is Answer.GRANTED:
+                    return await self._fold(attempt, claim, incoming, metrics)
+            if answer.answer is not Answer.LATER:
+                return self._receipt_of(answer, claim)
+            await attempt.change(RETRY_S)
+        return self._receipt_of(await self.link.claim(claim), claim)
+
+    async def _claim(self, claim: Claim) -> ClaimAnswer:
+        self._claiming[claim.key] = claim
+        try:
+            return await self.link.claim(claim)
+        finally:
+            del self._claiming[claim.key]
+
+    async def _fold(self, attempt: Folding, claim: Claim, incoming: Incoming, metrics: Mapping[str, int]) -> Receipt:
+        outcome = Outcome.LET_GO
+        try:
+            await attempt.fold(claim, incoming.chunks, metrics, self._pool)
+            outcome = Outcome.FOLDED
+        finally:
+            self.link.report(Report(key=claim.key, outcome=outcome))
+        return _staged_receipt(claim)
+
+    def _staged(self, known: Claim, claim: Claim) -> Receipt:
+        if known.digest != claim.digest:
+            raise DigestMismatch(_conflict(claim))
+        return _staged_receipt(claim)
+
+    def _receipt_of(self, answer: ClaimAnswer, claim: Claim) -> Receipt:
+        """The receipt of an answer that is not "granted", or the error that it is."""
+        if answer.receipt is not None:
+            if answer.receipt.digest != claim.digest:
+                raise DigestMismatch(_conflict(claim))
+            return answer.receipt
+        if answer.reason is Reason.DIGEST_CONFLICT:
+            raise DigestMismatch(_conflict(claim))
+        if answer.reason is Reason.INVALID:
+            raise ValueOutOfRange("the update's weight is out of the plan's range")
+        raise RoundClosed(_closed(claim.key.attempt))
+
+    async def receipts(self, client: ClientRef, keys: list[AttemptKey]) -> list[Receipt]:
+        """What is known of a client's updates under ``keys``; OFFERED (on the wire: unknown) where nothing is."""
+        told = await asyncio.gather(*(self.link.ask(UpdateKey(key, client)) for key in keys))
+        return [answer.receipt or Receipt(key=answer.key, digest="", state=ReceiptState.OFFERED) for answer in told]
+
+    def decline(self, key: UpdateKey) -> None:
+        self.link.report(Report(key=key, outcome=Outcome.DECLINED))
+
+    async def model(self, model_hash: ModelHash) -> Model | None:
+        """A model from the Region, asked for once however many clients want it."""
+        task = self._models.pop(model_hash, None)
+        if task is None or (task.done() and (task.exception() is not None or task.result() is None)):
+            task = asyncio.create_task(self._region.model(model_hash))
+        self._models[model_hash] = task
+        for old in list(self._models)[:-MODELS_KEPT]:
+            del self._models[old]
+        return await asyncio.shield(task)
+
+    def _require_running(self) -> None:
+        if self.is_stopping:
+            raise Interrupted("this combiner is stopping; connect again in a while")
+
+
+def _offer(opening: Opening) -> pb.FollowResponse:
+    return pb.FollowResponse(offer=pb.Offer.FromString(opening.offer))
+
+
+def _staged_receipt(claim: Claim) -> Receipt:
+    return Receipt(key=claim.key, digest=claim.digest, state=ReceiptState.STAGED)
+
+
+def _closed(key: AttemptKey) -> str:
+    return f"attempt {key.attempt} at round {key.round} of run {key.run} is not open in this region; wait for an offer"
+
+
+def _conflict(claim: Claim) -> str:
+    return f"another update was handed in under {claim.key.attempt} before: {claim.digest} is refused"

@@ -1,0 +1,235 @@
+"""gRPC at an intake: the service for clients, the one for the region's operators, health. Decides nothing.
+
+Identities come from the connection's certificate; every handler turns messages into calls of the desk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ssl
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+from cryptography import x509
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from combiners.checks import expect_update
+from combiners.desk import Desk, IntakeSettings
+from combiners.messages import App, Claim, HandOver, Opening, RegionPort, serves
+from hierfl import observe
+from hierfl.errors import NotFound, RoundClosed, Unreachable, WireError
+from hierfl.pki import Kit, verify
+from hierfl.plan import DECLINE_CODES
+from hierfl.receipts import Receipt
+from hierfl.records import UPDATE_CONTEXT, update_statement
+from hierfl.types import AttemptKey, ClientRef, ModelHash, UpdateKey
+from hierfl.wire import digest, rpc, tls
+from hierfl.wire import hierfl_pb2 as pb
+from hierfl.wire.access import AccessInterceptor, current_identity
+from hierfl.wire.convert import key_from_proto, receipt_to_proto
+from hierfl.wire.transfer import Incoming, read_header
+
+__all__ = ["IntakeHost"]
+
+MAX_APPS = 64
+MAX_NAME = 200
+MAX_KEYS = 1000
+HELLO_NAME = "the combiner"
+
+
+class IntakeHost:
+    """One intake: a gRPC server and its desk. Implements ``IntakePort`` by handing on to the desk."""
+
+    def __init__(self, name: str, kit: Kit, region: RegionPort, settings: IntakeSettings | None = None) -> None:
+        self.desk = Desk(name, region, settings or IntakeSettings())
+        self.address = ""
+        self._kit = kit
+        self._region = region
+        interceptor = AccessInterceptor(kit.trust, kit.identity)
+        self._server = grpc.aio.server(interceptors=[interceptor], options=tls.server_options())
+        self._health = health.aio.HealthServicer()
+        self._desk_task: asyncio.Task[None] | None = None
+
+    async def start(self, listen: str) -> str:
+        """Bind ``listen`` (``host:port``, port 0 for any), serve, and register; the address bound.
+
+        Raises:
+            PortInUse: Another program listens there.
+        """
+        rpc.add_service(self._server, "CombinerService", _ClientService(self.desk))
+        rpc.add_service(self._server, "RegionOperatorService", _OperatorService(self._region))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        port = tls.bind(self._server, listen, tls.server_credentials(self._kit))
+        await self._server.start()
+        await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
+        self.address = f"{listen.rpartition(':')[0]}:{port}"
+        self._desk_task = asyncio.create_task(self.desk.run(self.address))
+        return self.address
+
+    async def stop_admitting(self) -> None:
+        """Take no more updates; uploads on their way may end, receipts still go out."""
+        await self._health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+        self.desk.stop_admitting()
+
+    async def stop(self, grace_s: float = 1.0) -> None:
+        """Close the server and everything behind it."""
+        self.desk.shut()
+        await self._server.stop(grace_s)
+        if self._desk_task is not None:
+            self._desk_task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._desk_task
+
+    # ------------------------------------------------------------ IntakePort
+
+    async def open(self, opening: Opening) -> None:
+        await self.desk.open(opening)
+
+    async def freeze(self, key: AttemptKey, seal_id: str) -> HandOver:
+        return await self.desk.freeze(key, seal_id)
+
+    async def resume(self, key: AttemptKey, seal_id: str) -> None:
+        await self.desk.resume(key, seal_id)
+
+    async def close(self, key: AttemptKey, reason: str) -> None:
+        await self.desk.close(key, reason)
+
+    async def deliver(self, receipts: tuple[Receipt, ...]) -> None:
+        await self.desk.deliver(receipts)
+
+
+class _ClientService:
+    """``CombinerService``: one method an RPC."""
+
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
+        self._handing_in: set[asyncio.Task[Receipt]] = set()
+
+    async def Hello(self, request: pb.HelloRequest, context: Any) -> pb.HelloResponse:  # noqa: N802 - the RPC's name
+        return rpc.answer_hello(request, HELLO_NAME)
+
+    async def Follow(self, request: pb.FollowRequest, context: Any) -> AsyncIterator[pb.FollowResponse]:  # noqa: N802
+        client, apps = _client(), _apps(request)
+        if len(self._desk.followers) >= self._desk.settings.max_following:
+            raise Unreachable("as many clients wait here as can; connect again in a while")
+        incarnation = await self._desk.incarnation()
+        session = self._desk.followers.join(client, apps)
+        try:
+            yield pb.FollowResponse(welcome=pb.Welcome(incarnation=incarnation))
+            for offer in self._desk.offers(lambda plan: serves(apps, plan)):
+                yield offer
+            while (event := await session.queue.get()) is not None:
+                yield event
+        finally:
+            self._desk.followers.leave(session)
+
+    async def Admit(self, request: pb.AdmitRequest, context: Any) -> pb.AdmitResponse:  # noqa: N802
+        key = UpdateKey(key_from_proto(request.key), _client())
+        digest.check(request.digest)
+        statement = update_statement(key, request.digest, request.weight)
+        verify(_leaf(context), request.signature, statement, UPDATE_CONTEXT)
+        claim = Claim(key=key, digest=request.digest, weight=request.weight, signature=request.signature)
+        answer = await self._desk.admit(claim, request.length_bytes)
+        if isinstance(answer, bytes):
+            return pb.AdmitResponse(ticket=answer)
+        if isinstance(answer, Receipt):
+            return pb.AdmitResponse(receipt=receipt_to_proto(answer))
+        return pb.AdmitResponse(retry_after_ms=answer)
+
+    async def Upload(self, frames: AsyncIterator[bytes], context: Any) -> pb.UploadResponse:  # noqa: N802
+        silence_s = self._desk.settings.silence_s
+        first = await rpc.read_header(frames, silence_s)
+        header = read_header(first)
+        with (
+            observe.remote_parent(context.invocation_metadata()),
+            self._desk.line.upload(header.ticket_bytes) as admitted,
+        ):
+            claim = admitted.claim
+            if claim.key != UpdateKey(header.key or claim.key.attempt, _client()):
+                raise RoundClosed("the ticket was given for another update; ask to be admitted with this one")
+            incoming = await self._receive(first, frames, claim, silence_s)
+            # A client that hangs up now does not undo what the Region may have granted already.
+            task = asyncio.ensure_future(self._desk.hand_in(claim, incoming))
+            self._handing_in.add(task)
+            task.add_done_callback(self._handing_in.discard)
+            receipt = await asyncio.shield(task)
+        return pb.UploadResponse(receipt=receipt_to_proto(receipt))
+
+    async def _receive(self, first: bytes, frames: AsyncIterator[bytes], claim: Claim, silence_s: float) -> Incoming:
+        incoming = Incoming(expect_update(self._desk.plan_of(claim.key.attempt), claim.digest))
+        try:
+            incoming.feed(first)
+            await rpc.frames_of(self._counted(frames), incoming, silence_s)
+        except WireError as error:
+            self._desk.refused(claim.key, error)
+            raise
+        return incoming
+
+    async def _counted(self, frames: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        async for frame in frames:
+            self._desk.bytes_in += len(frame)
+            yield frame
+
+    async def Decline(self, request: pb.DeclineRequest, context: Any) -> pb.DeclineResponse:  # noqa: N802
+        if request.code not in DECLINE_CODES:
+            raise WireError(f"{request.code[:40]!r} is no code to decline with")
+        self._desk.decline(UpdateKey(key_from_proto(request.key), _client()))
+        return pb.DeclineResponse()
+
+    async def GetReceipts(self, request: pb.GetReceiptsRequest, context: Any) -> pb.GetReceiptsResponse:  # noqa: N802
+        if len(request.keys) > MAX_KEYS:
+            raise WireError(f"{len(request.keys)} keys are asked for at once; at most {MAX_KEYS}")
+        receipts = await self._desk.receipts(_client(), [key_from_proto(key) for key in request.keys])
+        return pb.GetReceiptsResponse(receipts=[receipt_to_proto(receipt) for receipt in receipts])
+
+    async def FetchModel(self, request: pb.FetchModelRequest, context: Any) -> AsyncIterator[bytes]:  # noqa: N802
+        model = await self._desk.model(ModelHash(request.model_hash))
+        if model is None:
+            raise NotFound("model", request.model_hash[:64], "this region serves the models of its open rounds")
+        for frame in model.frames:
+            self._desk.bytes_out += len(frame)
+            yield frame
+
+
+class _OperatorService:
+    """``RegionOperatorService``: clients by name, for operators of this region only."""
+
+    def __init__(self, region: RegionPort) -> None:
+        self._region = region
+
+    async def Hello(self, request: pb.HelloRequest, context: Any) -> pb.HelloResponse:  # noqa: N802
+        return rpc.answer_hello(request, HELLO_NAME)
+
+    async def ListClients(self, request: pb.ListClientsRequest, context: Any) -> pb.ListClientsResponse:  # noqa: N802
+        views = await self._region.clients()
+        clients = [
+            pb.ConnectedClient(
+                site=view.client.site,
+                client=view.client.client,
+                apps=[pb.App(name=app.name, version=app.version) for app in view.apps],
+                state=view.state,
+                connected_for_s=view.connected_for_s,
+            )
+            for view in views
+        ]
+        return pb.ListClientsResponse(clients=clients)
+
+
+def _client() -> ClientRef:
+    return current_identity().client_ref
+
+
+def _apps(request: pb.FollowRequest) -> tuple[App, ...]:
+    if len(request.apps) > MAX_APPS:
+        raise WireError(f"{len(request.apps)} apps are named; at most {MAX_APPS}")
+    if any(len(app.name) > MAX_NAME or len(app.version) > MAX_NAME for app in request.apps):
+        raise WireError(f"an app's name or version has more than {MAX_NAME} characters")
+    return tuple(App(app.name, app.version) for app in request.apps)
+
+
+def _leaf(context: Any) -> x509.Certificate:
+    """The caller's leaf; the interceptor has checked it."""
+    pem = context.auth_context()["x509_pem_cert"][0]
+    return x509.load_der_x509_certificate(ssl.PEM_cert_to_DER_cert(pem.decode("ascii")))
