@@ -196,7 +196,6 @@ class Desk:
 
         Raises:
             RoundClosed: Its attempt is not open in this region.
-            DigestMismatch: Another update was handed in under this key.
             ValueOutOfRange, LayoutMismatch: What it announces does not fit the plan.
         """
         self._require_running()
@@ -280,18 +279,14 @@ class Desk:
         return _staged_receipt(claim)
 
     def _staged(self, known: Claim, claim: Claim) -> Receipt:
-        if known.digest != claim.digest:
-            raise DigestMismatch(_conflict(claim))
-        return _staged_receipt(claim)
+        return _staged_receipt(claim) if known.digest == claim.digest else _conflict(claim)
 
     def _receipt_of(self, answer: ClaimAnswer, claim: Claim) -> Receipt:
         """The receipt of an answer that is not "granted", or the error that it is."""
         if answer.receipt is not None:
-            if answer.receipt.digest != claim.digest:
-                raise DigestMismatch(_conflict(claim))
-            return answer.receipt
+            return answer.receipt if answer.receipt.digest == claim.digest else _conflict(claim)
         if answer.reason is Reason.DIGEST_CONFLICT:
-            raise DigestMismatch(_conflict(claim))
+            return _conflict(claim)
         if answer.reason is Reason.INVALID:
             raise ValueOutOfRange("the update's weight is out of the plan's range")
         raise RoundClosed(_closed(claim.key.attempt))
@@ -331,5 +326,6 @@ def _closed(key: AttemptKey) -> str:
     return f"attempt {key.attempt} at round {key.round} of run {key.run} is not open in this region; wait for an offer"
 
 
-def _conflict(claim: Claim) -> str:
-    return f"another update was handed in under {claim.key.attempt} before: {claim.digest} is refused"
+def _conflict(claim: Claim) -> Receipt:
+    """Another update was handed in under this key before: that one's receipt stands, this one is not counted."""
+    return Receipt(key=claim.key, digest=claim.digest, state=ReceiptState.NOT_COUNTED, reason=Reason.DIGEST_CONFLICT)

@@ -140,7 +140,7 @@ class _ClientService:
 
     async def Upload(self, frames: AsyncIterator[bytes], context: Any) -> pb.UploadResponse:  # noqa: N802
         silence_s = self._desk.settings.silence_s
-        first = await rpc.read_header(frames, silence_s)
+        first = await rpc.first_frame(frames, silence_s)
         header = read_header(first)
         with (
             observe.remote_parent(context.invocation_metadata()),

@@ -120,8 +120,9 @@ class Uplink:
             case "attached":
                 self._report_every_s = response.attached.report_every_s or self._report_every_s
                 self._stub = stub
+                if not self._up.is_set():
+                    logger.info("attached to %s at %s", WHO, stub.address)
                 self._up.set()
-                logger.info("attached to %s at %s", WHO, stub.address)
                 await self._events.attached()
             case "offer":
                 await self._events.offered(response.offer)
@@ -159,7 +160,8 @@ class Uplink:
             self._count("FetchModel", 0)
             return await rpc.fetch_model(stub, model_hash, expect)
 
-        return await self._until_answered(fetch)
+        incoming: Incoming = await self._until_answered(fetch)
+        return incoming
 
     async def abstain(self, key: AttemptKey, region_epoch: int, reason: Reason) -> None:
         """Tell that the region takes no part in an attempt."""
@@ -182,9 +184,11 @@ class Uplink:
 
         async def send(stub: rpc.Stub) -> pb.UplinkResponse:
             self._count("Uplink", sealed.outgoing.length_bytes)
-            return await rpc.upload_frames(stub.Uplink, sealed.outgoing, key, metadata=metadata)
+            response: pb.UplinkResponse = await rpc.upload_frames(stub.Uplink, sealed.outgoing, key, metadata=metadata)
+            return response
 
-        return await self._until_answered(send)
+        answered: pb.UplinkResponse = await self._until_answered(send)
+        return answered
 
     async def _until_answered(self, call: Callable[[rpc.Stub], Awaitable[Any]]) -> Any:
         tries = 0

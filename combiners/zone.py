@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric import ed25519
 
@@ -184,13 +185,17 @@ class ZoneStore:
                     self._db.execute("rollback")
                 raise
 
+    def _rows(self, query: str, values: Sequence[object] = ()) -> list[Any]:
+        with storage_errors(self._path):
+            return self._db.execute(query, values).fetchall()
+
     def _check_epoch(self) -> None:
         ours = getattr(self, "region_epoch", None)
         if ours is not None and int(self._meta("region_epoch")) != ours:
             raise StaleEpoch(f"{self._path} was opened by a newer start of this region (this one is {ours}); stopping")
 
     def _meta(self, name: str) -> str:
-        return str(self._db.execute("select value from meta where name = ?", (name,)).fetchone()[0])
+        return str(self._rows("select value from meta where name = ?", (name,))[0][0])
 
     def _set_meta(self, name: str, value: str) -> None:
         self._db.execute("update meta set value = ? where name = ?", (value, name))
@@ -282,13 +287,13 @@ class ZoneStore:
 
     def released(self) -> dict[tuple[str, str], str]:
         """Digest by (base model hash, task hash) of every release there ever was; empty where its bytes are gone."""
-        rows = self._db.execute("select base_model_hash, task_hash, digest, is_kept from partials")
+        rows = self._rows("select base_model_hash, task_hash, digest, is_kept from partials")
         return {(base, task): digest if is_kept else "" for base, task, digest, is_kept in rows}
 
     def pending(self) -> list[PendingPartial]:
         """Sealed partials without a verdict."""
-        rows = self._db.execute(
-            "select run, task, round, attempt, digest from addresses join partials using (seal_id)"
+        rows = self._rows(
+            "select a.run, a.task, a.round, a.attempt, digest from addresses a join partials using (seal_id)"
             " where not is_judged order by sealed_unix_ns"
         )
         return [PendingPartial(_attempt_key(row[:4]), row[4]) for row in rows]
@@ -307,10 +312,7 @@ class ZoneStore:
             ).fetchone()
             if row is None:
                 return []
-            self._db.execute(
-                "update addresses set is_judged = 1 where run = ? and task = ? and round = ? and attempt = ?",
-                _attempt_row(key),
-            )
+            self._db.execute("update addresses set is_judged = 1 where seal_id = ? and run = ?", (row[0], key.run))
             return self._settle_seal(row[0], event, version, reason) if row[1] == key.run else []
 
     def _settle_seal(self, seal_id: str, event: ReceiptEvent, version: int, reason: str) -> list[Receipt]:
@@ -326,12 +328,12 @@ class ZoneStore:
 
     def prune(self, keep: int) -> list[tuple[str, str]]:
         """Remove the bytes of judged partials but for the newest ``keep``; says of which (base, task) they were."""
-        rows = self._db.execute(
+        rows = self._rows(
             "select digest, base_model_hash, task_hash from partials where is_kept and not exists"
             " (select 1 from addresses a where a.seal_id = partials.seal_id and not a.is_judged)"
             " order by sealed_unix_ns desc limit -1 offset ?",
             (keep,),
-        ).fetchall()
+        )
         if not rows:
             return []
         with self._transaction():
@@ -355,12 +357,12 @@ class ZoneStore:
 
     def receipt(self, key: UpdateKey) -> Receipt | None:
         """What is durably known of an update."""
-        row = self._db.execute(
+        rows = self._rows(
             f"select {_RECEIPT_COLUMNS} from receipts where run = ? and task = ? and round = ? and attempt = ?"  # noqa: S608 - a constant
             " and site = ? and client = ?",
             (*_attempt_row(key.attempt), key.client.site, key.client.client),
-        ).fetchone()
-        return None if row is None else self._receipt(row)
+        )
+        return self._receipt(rows[0]) if rows else None
 
     def _receipt(self, row: Sequence[object]) -> Receipt:
         run, task, round_number, attempt, site, client, digest, state, version, reason = row
@@ -390,9 +392,9 @@ class ZoneStore:
 
     def crossing(self, sealed: Sealed, key: AttemptKey, destination: str) -> Crossing:
         """The ledger entry for sending ``sealed`` to ``destination`` under ``key``."""
-        needed, share, root = self._db.execute(
+        needed, share, root = self._rows(
             "select sites_needed, max_share, updates_root from partials where digest = ?", (sealed.digest,)
-        ).fetchone()
+        )[0]
         head = sealed.head
         return Crossing(
             key=key,
@@ -436,7 +438,7 @@ class ZoneStore:
 
     def ledger_rows(self) -> list[SignedRow]:
         """The whole border ledger, in order."""
-        rows = self._db.execute("select data, signature from ledger order by sequence")
+        rows = self._rows("select data, signature from ledger order by sequence")
         return [SignedRow(data, signature) for data, signature in rows]
 
 

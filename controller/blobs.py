@@ -97,7 +97,7 @@ class Blobs:
             return ""
         from safetensors.numpy import save
 
-        return self._write("states", [save({name: np.ascontiguousarray(state[name]) for name in sorted(state)})])
+        return self._write("states", [save({name: np.asarray(state[name], order="C") for name in sorted(state)})])
 
     def state(self, digest: str) -> dict[str, np.ndarray]:
         """A strategy's state by its digest. Raises ``StoreDamaged`` where the file has another one."""

@@ -92,9 +92,9 @@ def next_model(blobs: Blobs, run: RunRow, total: PartialAggregate) -> NextModel:
     """
     layout, vectors = blobs.model(run.model_hash)
     strategy = strategy_of(run.job)
-    arrays = blobs.state(run.state_digest)
+    kept = State.from_arrays(blobs.state(run.state_digest)) if run.state_digest else None
     try:
-        state = State.from_arrays(arrays) if arrays else strategy.init(vectors)
+        state = strategy.init(vectors) if kept is None else kept
         model, after = strategy.apply(vectors, total, state)
         layout.check_vectors(model)
     except HierFLError as error:

@@ -262,7 +262,7 @@ class TransferIncomplete(WireError):
 
 
 class Unreachable(HierFLError):
-    """Nobody answers at that address. Args: who, address, what to check."""
+    """Nobody answers at that address; the message says who, where, and what to check."""
 
     code = "HFL-501"
     exit_code = 6

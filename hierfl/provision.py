@@ -4,20 +4,14 @@
     pki/regions/R/{ca.pem,ca.key,settings.toml}      kits/regions/R/combiner/, kits/regions/R/operators/NAME/
     pki/regions/R/{ledger.pem,ledger.key}            kits/sites/R/S/CLIENT/, kits/operators/NAME/
 
-A folder appears whole or not at all: it is written beside its place under a name with a dot, synced and
-renamed. A region is done when its combiner's kit is there, and a federation when its controller's is;
-a step cut short before is taken up by calling it again. Keys are mode 0600, folders 0700.
+Folders appear whole or not at all (``hierfl/folders.py``). A region is done when its combiner's kit is there,
+and a federation when its controller's is; a step cut short before is taken up by calling it again.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import secrets
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -28,11 +22,12 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
 from hierfl.config import Address
 from hierfl.errors import ConfigError, NotFound
+from hierfl.folders import write_file, write_folder
 from hierfl.identity import Identity, RoleName, require_name
 from hierfl.pki import Authority, certificate_pem, issue_leaf, issue_ledger, key_pem, make_ca, make_key
 from hierfl.toml import build, open_toml
 
-__all__ = ["KitEntry", "Listing", "add_operator", "add_region", "add_site", "init", "listing", "renew"]
+__all__ = ["KitEntry", "Listing", "add_operator", "add_region", "add_site", "init", "listing", "renew", "set_addresses"]
 
 MAX_CLIENTS = 10_000
 """Most clients of one site."""
@@ -86,7 +81,7 @@ def init(directory: Path, federation: str, addresses: Sequence[str] = ()) -> Pat
         raise ConfigError("federation", federation, f"is not what {directory} holds, which is {found}")
     if not controller.exists():
         authority = make_ca(federation)
-        _write_folder(controller, {**_ca_files(authority), "settings.toml": _toml(federation, addresses)})
+        write_folder(controller, {**_ca_files(authority), "settings.toml": _toml(federation, addresses)})
     kit = directory / "kits" / "controller"
     if not kit.exists():
         identity = Identity(federation, RoleName.CONTROLLER)
@@ -116,10 +111,10 @@ def add_region(directory: Path, region: str, addresses: Sequence[str] = (), *, e
         return kit
     home = _region_dir(directory, region)
     if not home.exists():
-        _write_folder(home, _new_region(federation, region, addresses))
+        write_folder(home, _new_region(federation, region, addresses))
     trust = directory / "kits" / "controller" / "trust" / "regions"
     if trust.exists():  # handed out and gone from here, it is its holder's to update
-        _write_file(trust / f"{region}.pem", (home / "ca.pem").read_bytes())
+        write_file(trust / f"{region}.pem", (home / "ca.pem").read_bytes())
     identity = Identity(federation, RoleName.COMBINER, region=region)
     ledger = {name: (home / name).read_bytes() for name in ("ledger.pem", "ledger.key")}
     own = _trust(directory, controller=True, regions=[region])
@@ -175,6 +170,19 @@ def add_operator(directory: Path, name: str, region: str = "", *, exist_ok: bool
     return kit
 
 
+def set_addresses(kit: Path, addresses: Sequence[str]) -> None:
+    """Change where the holder of a kit dials its server, ``host:port``; identity and keys stay.
+
+    Raises:
+        ConfigError: A bad address.
+    """
+    _require_addresses("addresses", addresses)
+    identity = _entry(kit).identity
+    about = _about(identity, addresses)
+    if (kit / "kit.toml").read_bytes() != about:
+        write_file(kit / "kit.toml", about)
+
+
 def renew(directory: Path, region: str = "") -> list[Path]:
     """Issue every leaf here anew, or those of ``region`` only, for the same keys: only ``identity.pem`` changes.
 
@@ -193,7 +201,7 @@ def renew(directory: Path, region: str = "") -> list[Path]:
         key = _certificate(file).public_key()
         assert isinstance(key, ec.EllipticCurvePublicKey), "leaves are made with P-256 keys"
         leaf = issue_leaf(_authority(directory, entry.identity.region), entry.identity, key)
-        _write_file(file, certificate_pem(leaf))
+        write_file(file, certificate_pem(leaf))
         written.append(file)
     return written
 
@@ -323,73 +331,19 @@ def _toml(federation: str, addresses: Sequence[str], **more: str) -> bytes:
     return "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()).encode()
 
 
+def _about(identity: Identity, addresses: Sequence[str]) -> bytes:
+    """``kit.toml`` (``pki.KitFile``)."""
+    return _toml(identity.federation, addresses, identity=identity.uri, role=str(identity.role))
+
+
 def _write_kit(
     path: Path, identity: Identity, authority: Authority, files: Mapping[str, bytes], addresses: Sequence[str] = ()
 ) -> None:
     key = make_key()
-    about = {"identity": identity.uri, "role": str(identity.role)}
     own = {
         "identity.pem": certificate_pem(issue_leaf(authority, identity, key.public_key())),
         "key.pem": key_pem(key),
-        "kit.toml": _toml(identity.federation, addresses, **about),
+        "kit.toml": _about(identity, addresses),
     }
     folders = ["trust/regions"] if identity.role is RoleName.CONTROLLER else []
-    _write_folder(path, {**own, **files}, folders)
-
-
-def _write_folder(path: Path, files: Mapping[str, bytes], folders: Sequence[str] = ()) -> None:
-    """Make ``path`` with ``files`` (by relative path) and empty ``folders``, all at once.
-
-    Raises:
-        ConfigError: Somebody else made it in the meantime.
-    """
-    with _staged(path) as staged:
-        for name in folders:
-            _make_private(staged / name)
-        for name, data in files.items():
-            _write_synced(staged / name, data)
-
-
-@contextmanager
-def _staged(path: Path) -> Iterator[Path]:
-    _make_private(path.parent)
-    staged = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))  # mode 0700
-    try:
-        yield staged
-        _rename_new(staged, path)
-    except BaseException:
-        shutil.rmtree(staged, ignore_errors=True)
-        raise
-
-
-def _rename_new(staged: Path, path: Path) -> None:
-    try:
-        staged.rename(path)
-    except OSError:
-        _require(not path.exists(), "folder", str(path), "has been made by another process just now")
-        raise
-
-
-def _write_file(path: Path, data: bytes) -> None:
-    """Replace one file, atomically."""
-    staged = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
-    try:
-        _write_synced(staged, data)
-        staged.replace(path)
-    finally:
-        staged.unlink(missing_ok=True)
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    _make_private(path.parent)
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _make_private(path: Path) -> None:
-    """Make a folder and those above it that are missing, mode 0700 each."""
-    if not path.exists():
-        _make_private(path.parent)
-        path.mkdir(mode=0o700, exist_ok=True)
+    write_folder(path, {**own, **files}, folders)

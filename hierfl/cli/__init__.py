@@ -16,6 +16,8 @@ from hierfl.errors import DiskFull, ExtraMissing, HierFLError, Interrupted, Port
 
 __all__ = ["main"]
 
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # before gRPC is imported: its own log is not for users
+
 _ERRNO = {
     errno.ENOSPC: (DiskFull, "no space left on the disk{where}; nothing half-written remains, make room and try again"),
     errno.EDQUOT: (DiskFull, "the disk quota is used up{where}; make room and try again"),

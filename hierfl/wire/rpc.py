@@ -113,7 +113,7 @@ def _handler(method: MethodDescriptor, behaviour: Callable[..., Any]) -> Any:
 
 
 def _taking_frames(behaviour: Callable[..., Any]) -> Callable[..., Any]:
-    async def answer(frames: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> Any:
+    async def answer(frames: AsyncIterable[bytes], context: grpc.aio.ServicerContext) -> Any:
         taken = _Frames(frames, context)
         try:
             return await behaviour(taken, context)
@@ -127,13 +127,13 @@ def _taking_frames(behaviour: Callable[..., Any]) -> Callable[..., Any]:
 class _Frames:
     """The frames of a call. A handler that asks for one after the header accepts it: the caller is told to go on.
 
-    A caller waits for that word (``GO_ON`` in the call's initial metadata) before it sends a chunk. So what is refused by its
-    header costs no bandwidth, and the refusal arrives: grpc.aio replaces the status of a call that ends while it is
-    being written to (grpc issue 36066), which is also why the frames of an accepted call are read before it fails.
+    A caller waits for that word (``GO_ON``) before it sends a chunk. So what is refused by its header costs no
+    bandwidth, and the refusal arrives: grpc.aio replaces the status of a call that ends while it is being written to
+    (grpc issue 36066), which is also why the frames of an accepted call are read before it fails.
     """
 
-    def __init__(self, frames: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
-        self._frames, self._context = aiter(frames), context
+    def __init__(self, frames: AsyncIterable[bytes], context: grpc.aio.ServicerContext) -> None:
+        self._frames, self._context = frames, context
         self._has_header = self._accepted = False
 
     def __aiter__(self) -> _Frames:
@@ -143,17 +143,16 @@ class _Frames:
         if self._has_header and not self._accepted:
             self._accepted = True
             await self._context.send_initial_metadata((GO_ON,))
-        frame = await anext(self._frames)
+        frame = await anext(aiter(self._frames))  # grpc.aio's is one iterator, however often it is asked for
         self._has_header = self._has_header or not transfer.continues(frame)
         return frame
 
     async def drain(self) -> None:
-        """Read on, for a while, what the caller of a failed call is still sending."""
-        if self._accepted:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(DRAIN_S):
-                    async for _ in self._frames:
-                        pass
+        """Read on, for a while, what the caller of a failed call is still sending: a header, or all of it."""
+        with contextlib.suppress(TimeoutError, StopAsyncIteration):
+            async with asyncio.timeout(DRAIN_S):
+                while self._accepted or not self._has_header:
+                    await anext(self)
 
 
 def answer_hello(request: pb.HelloRequest, name: str = "the server") -> pb.HelloResponse:
@@ -357,7 +356,7 @@ async def send_frames(call: Call, frames: Iterable[bytes], metadata: Metadata = 
             await sending.write(frame)
             if not has_header and not transfer.continues(frame):
                 has_header = True
-                if GO_ON not in await sending.initial_metadata():
+                if GO_ON not in tuple(await sending.initial_metadata()):
                     return await sending
         await sending.done_writing()
     except asyncio.InvalidStateError:

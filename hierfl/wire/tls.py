@@ -8,14 +8,11 @@ checks the leaf against its region's CA key, and that TLS 1.3 was spoken (grpcio
 from __future__ import annotations
 
 import errno
-import os
 import socket
 import ssl
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import TypeAlias
-
-os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # read once, by the import below; errors are ours to word
 
 import grpc
 from cryptography import x509

@@ -14,13 +14,13 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
-from controller.app import ControllerApp
 from cryptography import x509
 
+from controller.app import ControllerApp
 from hierfl import documents, provision
 from hierfl.aggregation import Accumulator
 from hierfl.border import LEDGER_HEAD_METADATA, head_statement
-from hierfl.job import Arithmetic, Job, JobHead, RoundRules
+from hierfl.job import Arithmetic, Job, JobHead, RoundRules, StrategyChoice
 from hierfl.layout import Layout
 from hierfl.operator import Operator
 from hierfl.operator import connect as connect_operator
@@ -48,11 +48,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def job(rounds: int = 1, *, app: str = "digits", strategy: str = "fedavg", **rules: object) -> Job:
+@pytest.fixture
+def job() -> Callable[..., Job]:
+    """Makes jobs: ``job(2, min_clients=3)``."""
+    return _job
+
+
+def _job(
+    rounds: int = 1, *, app: str = "digits", strategy: str = "fedavg", learning_rate: float = 1.0, **rules: object
+) -> Job:
     """Two regions are a quorum, no evaluation, unless ``rules`` say otherwise."""
     usual = {"min_regions": 2, "evaluate_every": 0, "silence_s": 1.0, "report_timeout_s": 30.0}
-    made = Job(job=JobHead(name="Digits", app=app, rounds=rounds), round=RoundRules(**(usual | rules)))
-    return replace(made, strategy=replace(made.strategy, name=strategy), arithmetic=Arithmetic(k=2))
+    made = Job(job=JobHead(name="Digits", app="digits", rounds=rounds), round=RoundRules(**(usual | rules)))
+    chosen = StrategyChoice(name=strategy, options={"learning_rate": learning_rate})
+    return replace(made, strategy=chosen, arithmetic=Arithmetic(k=2))
 
 
 class Region:
@@ -229,7 +238,9 @@ class Federation:
         model = await operator.upload_model(LAYOUT, {"train": np.array(values, np.float32)})
         return await operator.submit(wanted, model)
 
-    async def until(self, operator: Operator, run: str, reached: Callable[[pb.FollowRunResponse], bool]) -> pb.FollowRunResponse:
+    async def until(
+        self, operator: Operator, run: str, reached: Callable[[pb.FollowRunResponse], bool]
+    ) -> pb.FollowRunResponse:
         """Follow a run until a snapshot is as asked for."""
         async with asyncio.timeout(20):
             async for snapshot in operator.follow(run):

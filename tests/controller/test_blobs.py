@@ -54,9 +54,10 @@ def test_a_damaged_model_is_never_returned(blobs, tmp_path, spoil):
 
 
 def test_a_strategy_state_comes_back_by_its_digest(blobs, tmp_path):
-    digest = blobs.put_state({"v": np.ones(3), "m": np.arange(3.0)})
+    digest = blobs.put_state({"v": np.ones(3), "m": np.arange(3.0), "step": np.array(2)})
     assert digest.startswith("sha256:")
     assert blobs.state(digest)["m"].tolist() == [0.0, 1.0, 2.0]
+    assert blobs.state(digest)["step"].shape == ()
     assert blobs.put_state({}) == ""
     assert blobs.state("") == {}
     next((tmp_path / "blobs" / "states").iterdir()).write_bytes(b"no")

@@ -194,6 +194,18 @@ def test_renewed_certificates_fit_the_keys_that_were_handed_out(folder: Path) ->
         provision.renew(folder, "apac")
 
 
+def test_a_kits_addresses_can_change_and_nothing_else_of_it(folder: Path) -> None:
+    kit = folder / "kits" / "sites" / "eu" / "hospital" / "client-00"
+    before = files(folder)
+    provision.set_addresses(kit, ["127.0.0.1:4001", "[::1]:4002"])
+    assert Kit.load(kit).addresses == ("127.0.0.1:4001", "[::1]:4002")
+    assert {name for name, data in files(folder).items() if before[name] != data} == {
+        "kits/sites/eu/hospital/client-00/kit.toml"
+    }
+    with pytest.raises(ConfigError, match="HOST:PORT"):
+        provision.set_addresses(kit, ["127.0.0.1:0"])
+
+
 # --- the commands
 
 

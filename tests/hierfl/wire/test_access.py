@@ -396,3 +396,20 @@ def test_details_of_a_later_release_or_of_somebody_else_are_not_trusted() -> Non
     for data, kind in ((later, HierFLError), (b"nonsense", HierFLError), (value[:-3], HierFLError)):
         error = grpc.aio.AioRpcError(status.code, empty, grpc.aio.Metadata((key, data)), status.details)
         assert type(from_rpc_error(error, "the controller", "hub:1")) is kind
+
+
+async def test_a_caller_that_leaves_in_mid_stream_is_no_failure_of_the_server(
+    kits: dict[str, Kit], caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serving(kits[COMBINER], Shapes()) as address:
+        for leave in ("cancel", "close"):
+            channel = tls.open_channel(kits[CLIENT], address, kits[COMBINER].identity)
+            stream = _callable(channel, "stream_stream", "FetchModel")()
+            await stream.write(1)
+            assert await stream.read() == 2
+            if leave == "cancel":
+                stream.cancel()
+            await channel.close()
+        async with tls.open_channel(kits[CLIENT], address, kits[COMBINER].identity) as channel:
+            assert await _callable(channel, "unary_unary", "Hello")(1) == 2
+    assert not caplog.records

@@ -251,7 +251,7 @@ async def test_a_model_that_is_not_there_says_so():
 
 
 async def test_a_layout_above_one_message_travels_in_parts():
-    params = {f"block.{index:05d}.{'x' * 40}.weight": np.full(1, index, np.float32) for index in range(40_000)}
+    params = {f"{index:05d}.{'x' * 1000}": np.full(1, index, np.float32) for index in range(4_200)}
     combiner = Combiner()
     combiner.layout = Layout.of(params)
     vectors = combiner.layout.flatten(params)
@@ -302,27 +302,47 @@ async def test_a_sender_that_falls_silent_is_given_up():
         assert "no frame came for 0.2 s" in str(combiner.failure)
 
 
-async def test_a_refusal_reaches_a_client_that_is_still_sending():
-    combiner, sent = Combiner(), update(8_000_000)
+@pytest.mark.parametrize("attempt", range(10))
+async def test_a_refusal_reaches_a_client_that_has_much_to_send(attempt):
+    combiner, sent = Combiner(), update(4_000_000)
     combiner.closed = True
     async with serving(combiner) as stub:
         with pytest.raises(RoundClosed, match="the round is over"):
             await rpc.upload_frames(stub.Upload, sent, KEY)
 
 
-async def test_a_spoilt_upload_says_what_is_wrong_with_it():
-    combiner = Combiner()
-    frames = list(update().frames(KEY))
+@pytest.mark.parametrize("attempt", range(5))
+@pytest.mark.parametrize("what", ["a chunk", "a header", "its order", "its ticket"])
+async def test_a_spoilt_upload_is_told_what_is_wrong_with_it(what, attempt):
+    sent = update(4_000_000)
+    frames = list(sent.frames(KEY))
     spoilt = {
-        "a chunk": [*frames[:1], b"\xff" * 1_000_000, *frames[2:]],
+        "a chunk": [*frames[:3], b"\xff" * 1_000_000, *frames[4:]],
         "a header": [b"{}", *frames[1:]],
-        "its order": [frames[0], frames[2], frames[1], frames[3]],
+        "its order": [frames[0], frames[-2], *frames[1:]],
+        "its ticket": [frames[0].replace(b'"ticket":""', b'"ticket":"x"'), *frames[1:]],
     }
+    async with serving(Combiner()) as stub:
+        with pytest.raises(grpc.RpcError) as caught:
+            await rpc.send_frames(stub.Upload, spoilt[what])
+        assert isinstance(stub.error(caught.value), WireError)
+        assert str(stub.error(caught.value)).startswith(("transfer", "chunk"))
+
+
+async def test_a_header_that_is_refused_costs_no_more_than_itself():
+    combiner, sent = Combiner(), update(4_000_000)
+    combiner.closed = True
+    taken: list[int] = []
+
+    def counted():
+        for frame in sent.frames(KEY):
+            taken.append(len(frame))
+            yield frame
+
     async with serving(combiner) as stub:
-        for stream in spoilt.values():
-            with pytest.raises(grpc.RpcError) as caught:
-                await rpc.send_frames(stub.Upload, stream)
-            assert isinstance(stub.error(caught.value), WireError)
+        with pytest.raises(grpc.RpcError):
+            await rpc.send_frames(stub.Upload, counted())
+    assert len(taken) == 1
 
 
 async def test_frames_are_taken_from_any_stream():

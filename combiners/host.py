@@ -1,0 +1,528 @@
+"""The Region's shell: looks (gathers events), lets ``region.py`` decide, carries out, in that order.
+
+Owns the zone store, the uplink, the border ledger, the model shelf and the lines to the intakes. Runs in
+one event loop, with or without Ray; decides nothing itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import time
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from combiners.attempt import Phase
+from combiners.cohort import Standing
+from combiners.events import (
+    Abstain,
+    ClientDeclined,
+    ClientJoined,
+    ClientLeft,
+    CloseAtIntakes,
+    Drained,
+    Event,
+    FetchModel,
+    Freeze,
+    HandedOver,
+    Instruction,
+    IntakeJoined,
+    IntakeVoid,
+    ModelFailed,
+    ModelReady,
+    OpenAtIntakes,
+    PartialSealed,
+    Resume,
+    Seal,
+    SealFailed,
+    SendPartial,
+    SetTimer,
+    StopSending,
+    Tell,
+    Timer,
+    TimerFired,
+    UpdateFolded,
+    UpdateLetGo,
+    VoidIntake,
+)
+from combiners.messages import (
+    Answer,
+    Claim,
+    ClaimAnswer,
+    ClientView,
+    HandOver,
+    IntakePort,
+    Model,
+    Opening,
+    Outcome,
+    Registration,
+    Report,
+    Tick,
+    TickReply,
+)
+from combiners.models import ModelShelf
+from combiners.ports import IntakeLine
+from combiners.region import Region
+from combiners.sealing import make_sealed, updates_root
+from combiners.session import Session
+from combiners.uplink import Uplink
+from combiners.zone import ZoneStore
+from hierfl import observe
+from hierfl.errors import ConfigError, HierFLError, ResidencyError, StaleEpoch, StorageError
+from hierfl.pki import Kit, RoleName
+from hierfl.receipts import Reason, Receipt, ReceiptState
+from hierfl.residency import ZonePolicy
+from hierfl.types import AttemptKey, ClientRef, ModelHash, RegionId, UpdateKey
+from hierfl.wire import hierfl_pb2 as pb
+from hierfl.wire.convert import key_to_proto
+
+__all__ = ["RegionHost", "RegionSettings"]
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+REFUSED_FOR_GOOD = (Reason.LATE, Reason.WEIGHT_SHARE, Reason.TOO_FEW_SITES, Reason.DOMINATED, Reason.STORAGE)
+"""Refusals of a claim that are last words on its update; the others are errors of the request."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegionSettings:
+    """What a region is started with."""
+
+    policy: ZonePolicy = field(default_factory=ZonePolicy)
+    grace_s: float = 6.0
+    """Seconds without its stream after which a client is not waited for, once enough are in."""
+    freeze_s: float = 30.0
+    """Seconds in which an intake has to answer; one that does not is void."""
+    intake_silence_s: float = 15.0
+    """Seconds without a tick after which an intake is void."""
+    capacity: int = 8
+    """Runs served at once."""
+    keep_partials: int = 2
+    """Judged partials whose bytes are kept, for another run over the same base and task."""
+
+
+class RegionHost:
+    """See the module. Implements ``RegionPort``."""
+
+    def __init__(self, kit: Kit, directory: Path, addresses: tuple[str, ...], settings: RegionSettings) -> None:
+        """
+        Args:
+            kit: Of a combiner.
+            directory: The zone store's.
+            addresses: Of the controller, ``host:port``, in order of preference.
+            settings: Of this region.
+        Raises:
+            ConfigError: The kit is not a combiner's.
+            StorageError: As ``ZoneStore``.
+        """
+        if kit.identity.role is not RoleName.COMBINER or kit.ledger is None:
+            raise ConfigError("--kit", str(kit.path), f"must be a combiner's kit, it is that of {kit.identity}")
+        self.kit, self.settings = kit, settings
+        self.name = RegionId(kit.identity.region)
+        self.store = ZoneStore(directory, kit.identity.federation, self.name)
+        self.region = Region(
+            region_epoch=self.store.region_epoch,
+            policy=settings.policy,
+            released=self.store.released(),
+            grace_s=settings.grace_s,
+            capacity=settings.capacity,
+        )
+        self.session = Session(self)
+        self.uplink = Uplink(kit, addresses, self.session)
+        self.models = ModelShelf(self.uplink.fetch_model, self.name)
+        self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Ends with the error after which this region cannot go on."""
+        self.lines: dict[str, IntakeLine] = {}
+        self._disk = ThreadPoolExecutor(1, "zone")
+        self._kernels = ThreadPoolExecutor(2, "seal")
+        self._numbers = itertools.count(1)
+        self._timers: dict[Timer, asyncio.TimerHandle] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._sealing: set[asyncio.Task[None]] = set()
+        self._sending: dict[AttemptKey, asyncio.Task[None]] = {}
+        self._handed: dict[tuple[str, str], HandOver] = {}
+        self._waits: dict[AttemptKey, observe.Span] = {}
+        self._joined_at_s: dict[ClientRef, float] = {}
+        self._settled = asyncio.Event()
+
+    # ------------------------------------------------------------ life
+
+    def start(self) -> None:
+        """Attach to the controller and watch the intakes."""
+        self.spawn(self.uplink.run())
+        self.spawn(self._watch_intakes())
+
+    async def drain(self, timeout_s: float) -> None:
+        """Seal and send what can be; hand the rest back. Waits for at most ``timeout_s``."""
+        self.apply(Drained())
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while any(self._is_busy(attempt.phase) for attempt in self.region.attempts.values()):
+                    self._settled.clear()
+                    await self._settled.wait()
+                await asyncio.gather(*(line.drained() for line in self.lines.values()))
+
+    @staticmethod
+    def _is_busy(phase: Phase) -> bool:
+        return phase.collects or phase is Phase.UPLINKING
+
+    async def stop(self) -> None:
+        """Let go of everything; the store is closed last."""
+        for handle in self._timers.values():
+            handle.cancel()
+        for line in list(self.lines.values()):
+            await line.close()
+        tasks = [*self._tasks]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for span in self._waits.values():
+            span.end()
+        await self.on_disk(self.store.close)
+        self._disk.shutdown()
+        self._kernels.shutdown(wait=False)
+        if not self.failed.done():
+            self.failed.cancel()
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run ``work`` beside everything else; an error of the store, or of ours, ends the region."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self._sealing.discard(task)
+        if task.cancelled() or task.exception() is None:
+            return
+        error = task.exception()
+        assert error is not None
+        logger.error("the region %s cannot go on: %s", self.name, error, exc_info=error)
+        if not self.failed.done():
+            self.failed.set_exception(error)
+
+    async def on_disk(self, function: Callable[..., T], *arguments: Any, **more: Any) -> T:
+        """Call the store, from its one thread."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._disk, lambda: function(*arguments, **more))
+
+    async def writes_done(self) -> None:
+        """Wait until no seal is being written: its outcome is known before anything else is decided."""
+        while self._sealing:
+            await asyncio.wait(self._sealing)
+
+    # ------------------------------------------------------------ decide and carry out
+
+    def apply(self, *events: Event) -> None:
+        """Let the state machine take ``events``, and do what it says."""
+        for instruction in self.region.handle(*events):
+            self._carry_out(instruction)
+        self.uplink.progressed()
+        self._settled.set()
+
+    def _carry_out(self, instruction: Instruction) -> None:  # noqa: PLR0912 - one line a kind of instruction
+        match instruction:
+            case FetchModel():
+                self.spawn(self._fetch(instruction))
+            case OpenAtIntakes():
+                self._open(instruction)
+            case CloseAtIntakes():
+                self._close(instruction.key, instruction.reason)
+            case SetTimer():
+                self._set_timer(instruction.timer, instruction.seconds)
+            case Freeze():
+                self._end_wait(instruction.key)
+                for incarnation in instruction.incarnations:
+                    self.spawn(self._freeze(incarnation, instruction.key, instruction.seal_id))
+            case Resume():
+                self._at_intakes(lambda port: port.resume(instruction.key, instruction.seal_id))
+            case VoidIntake():
+                logger.error("intake %s handed over what it had not claimed; it is void", instruction.incarnation)
+                self._drop_line(instruction.incarnation)
+            case Seal():
+                self._sealing.add(self.spawn(self._seal(instruction)))
+            case SendPartial():
+                self._sending[instruction.key] = self.spawn(self.session.send(instruction.key, instruction.digest))
+            case StopSending():
+                sending = self._sending.pop(instruction.key, None)
+                if sending is not None:
+                    sending.cancel()
+            case Abstain():
+                self._end_wait(instruction.key)
+                logger.info("%s: this region takes no part: %s", instruction.key, instruction.reason)
+                self.spawn(self.session.abstain(instruction.key, instruction.reason))
+            case Tell():
+                self.spawn(self._tell(instruction.receipts))
+
+    def _at_intakes(self, call: Callable[[IntakePort], Coroutine[Any, Any, None]]) -> None:
+        for line in self.lines.values():
+            line.call(call)
+
+    def _open(self, instruction: OpenAtIntakes) -> None:
+        offer = pb.Offer.FromString(instruction.offer)
+        if instruction.key not in self._waits:
+            self._waits[instruction.key] = observe.begin(
+                observe.SPAN_CLIENT_WAIT, parent=offer.traceparent, **_attributes(instruction.key), region=self.name
+            )
+        offer.traceparent = self._waits[instruction.key].traceparent or offer.traceparent
+        opening = Opening(key=instruction.key, offer=offer.SerializeToString())
+        self._at_intakes(lambda port: port.open(opening))
+
+    def _close(self, key: AttemptKey, reason: Reason) -> None:
+        self._end_wait(key)
+        self._at_intakes(lambda port: port.close(key, reason))
+
+    def _end_wait(self, key: AttemptKey) -> None:
+        span = self._waits.pop(key, None)
+        if span is not None:
+            span.end()
+
+    def _set_timer(self, timer: Timer, seconds: float) -> None:
+        known = self._timers.pop(timer, None)
+        if known is not None:
+            known.cancel()
+        self._timers[timer] = asyncio.get_running_loop().call_later(seconds, self._fire, timer)
+
+    def _fire(self, timer: Timer) -> None:
+        del self._timers[timer]
+        self.apply(TimerFired(timer))
+
+    async def _fetch(self, instruction: FetchModel) -> None:
+        base = instruction.plan.base
+        try:
+            with observe.remote_parent(self._traceparent(instruction.plan.key)):
+                await self.models.get(base.model_hash, base.layout_hash, base.size_bytes)
+        except HierFLError as error:
+            logger.error("%s: its base model cannot be had: %s", instruction.plan.key, error)
+            self.apply(ModelFailed(instruction.plan.key, Reason.STORAGE))
+            return
+        self.apply(ModelReady(instruction.plan.key))
+
+    def _traceparent(self, key: AttemptKey) -> str:
+        attempt = self.region.attempts.get(key)
+        return pb.Offer.FromString(attempt.offer).traceparent if attempt is not None else ""
+
+    async def _freeze(self, incarnation: str, key: AttemptKey, seal_id: str) -> None:
+        line = self.lines.get(incarnation)
+        if line is None:
+            return
+        try:
+            hand_over: HandOver = await line.call(lambda port: port.freeze(key, seal_id))
+        except HierFLError:
+            return  # the line has said that the intake is lost
+        self._handed[seal_id, incarnation] = hand_over
+        self.apply(HandedOver(incarnation=incarnation, key=key, seal_id=seal_id, entries=hand_over.entries))
+
+    async def _seal(self, instruction: Seal) -> None:
+        """Add up, pass the gate, make durable, tell; a failure is the attempt's, unless the store is not ours."""
+        key = instruction.plan.key
+        hand_overs = [self._handed[instruction.seal_id, incarnation] for incarnation in instruction.entries]
+        self._handed.clear()
+        try:
+            with (
+                observe.remote_parent(self._traceparent(key)),
+                observe.span(observe.SPAN_SEAL, **_attributes(key), region=self.name) as span,
+            ):
+                digest = await self._write_seal(instruction, hand_overs)
+                span.set(num_updates=len(instruction.receipts))
+        except StaleEpoch:
+            raise
+        except (HierFLError, StorageError) as error:
+            logger.error("%s: the partial could not be sealed: %s", key, error)
+            self.apply(SealFailed(key, _reason_of(error)))
+            return
+        self.deliver(instruction.receipts)
+        self.apply(PartialSealed(key, digest))
+
+    async def _write_seal(self, instruction: Seal, hand_overs: list[HandOver]) -> str:
+        policy, plan = self.settings.policy, instruction.plan
+        loop = asyncio.get_running_loop()
+        sealed = await loop.run_in_executor(
+            self._kernels, make_sealed, instruction, hand_overs, policy, self.name, self.store.region_epoch
+        )
+        await self.on_disk(
+            self.store.write_seal,
+            sealed,
+            key=plan.key,
+            claims=[claim for entries in instruction.entries.values() for claim in entries],
+            receipts=instruction.receipts,
+            sites_needed=policy.sites_needed(plan),
+            max_share=policy.max_share,
+            updates_root=updates_root(instruction),
+        )
+        return sealed.digest
+
+    async def _tell(self, receipts: tuple[Receipt, ...]) -> None:
+        try:
+            await self.on_disk(self.store.record, receipts)
+        except StaleEpoch:
+            raise
+        except StorageError as error:
+            logger.error("%d last words could not be written; their clients will ask: %s", len(receipts), error)
+            return
+        self.deliver(receipts)
+
+    def deliver(self, receipts: tuple[Receipt, ...]) -> None:
+        """Push receipts to the clients that wait; the others ask."""
+        if receipts:
+            self._at_intakes(lambda port: port.deliver(receipts))
+
+    # ------------------------------------------------------------ RegionPort
+
+    async def register(self, name: str, address: str, port: IntakePort) -> Registration:
+        """A new incarnation of intake ``name``; the one before, if any, is void."""
+        for line in [line for line in self.lines.values() if line.name == name]:
+            self._lost(line.incarnation)
+        incarnation = f"{self.store.region_epoch}.{next(self._numbers)}"
+        self.lines[incarnation] = IntakeLine(
+            name, incarnation, address, port, timeout_s=self.settings.freeze_s, on_lost=self._lost
+        )
+        self.apply(IntakeJoined(incarnation))
+        return Registration(incarnation=incarnation, openings=self.region.openings())
+
+    def _lost(self, incarnation: str) -> None:
+        if incarnation in self.lines:
+            logger.warning("intake %s is void; its clients are asked again", self.lines[incarnation].name)
+            self._drop_line(incarnation)
+            self.apply(IntakeVoid(incarnation))
+
+    def _drop_line(self, incarnation: str) -> None:
+        line = self.lines.pop(incarnation, None)
+        if line is not None:
+            self.spawn(line.close())
+
+    async def _watch_intakes(self) -> None:
+        """An intake ticks every second; one that has not for long is void."""
+        silence_s = self.settings.intake_silence_s
+        while True:
+            await asyncio.sleep(silence_s / 4)
+            now_s = time.monotonic()
+            for line in list(self.lines.values()):
+                if now_s - line.heard_at_s > silence_s:
+                    self._lost(line.incarnation)
+
+    async def tick(self, incarnation: str, tick: Tick) -> TickReply:
+        """Everything that waits at an intake, in one call."""
+        line = self.lines.get(incarnation)
+        if line is None:
+            return TickReply(known=False)
+        line.heard_at_s, line.bytes_in, line.bytes_out = time.monotonic(), tick.bytes_in, tick.bytes_out
+        events = [*self._connection_events(incarnation, tick), *(_event_of(incarnation, one) for one in tick.reports)]
+        if events:
+            self.apply(*events)
+        answers = [await self._answer(self.region.claim(incarnation, claim), claim) for claim in tick.claims]
+        told = [await self._told(key) for key in tick.asks]
+        if tick.claims:
+            self.uplink.progressed()
+        return TickReply(known=True, answers=tuple(answers), told=tuple(told))
+
+    def _connection_events(self, incarnation: str, tick: Tick) -> list[Event]:
+        events: list[Event] = []
+        for one in tick.connections:
+            if one.joined:
+                self._joined_at_s.setdefault(one.client, time.monotonic())
+                events.append(ClientJoined(incarnation=incarnation, client=one.client, apps=one.apps))
+            else:
+                self._joined_at_s.pop(one.client, None)
+                events.append(ClientLeft(incarnation=incarnation, client=one.client))
+        return events
+
+    async def _answer(self, answer: ClaimAnswer, claim: Claim) -> ClaimAnswer:
+        """A refusal for good is a receipt, durable before it is said; an update sealed before has one already."""
+        if answer.answer is not Answer.REFUSED or answer.reason is Reason.DIGEST_CONFLICT:
+            return answer
+        known = await self.on_disk(self.store.receipt, claim.key)
+        if known is None and answer.reason in REFUSED_FOR_GOOD:
+            known = Receipt(
+                key=claim.key, digest=claim.digest, state=ReceiptState.NOT_COUNTED, reason=answer.reason or ""
+            )
+            await self.on_disk(self.store.record, [known])
+        if known is None:
+            return self._patient(answer)
+        return ClaimAnswer(key=claim.key, answer=Answer.KNOWN, receipt=known)
+
+    async def _told(self, key: UpdateKey) -> ClaimAnswer:
+        known = await self.on_disk(self.store.receipt, key)
+        if known is not None:
+            return ClaimAnswer(key=key, answer=Answer.KNOWN, receipt=known)
+        return self._patient(self.region.ask(key))
+
+    def _patient(self, answer: ClaimAnswer) -> ClaimAnswer:
+        """Before the controller has said what is open, nothing is closed."""
+        if answer.reason is Reason.UNKNOWN_ATTEMPT and not self.session.is_informed:
+            return ClaimAnswer(key=answer.key, answer=Answer.LATER)
+        return answer
+
+    async def model(self, model_hash: ModelHash) -> Model | None:
+        return await self.models.find(model_hash)
+
+    async def clients(self) -> tuple[ClientView, ...]:
+        now_s = time.monotonic()
+        return tuple(
+            ClientView(
+                client=client,
+                apps=tuple(sorted({app for apps in at.values() for app in apps}, key=lambda app: app.name)),
+                state=self._state_of(client),
+                connected_for_s=now_s - self._joined_at_s.get(client, now_s),
+            )
+            for client, at in sorted(self.region.connected.items())
+        )
+
+    def _state_of(self, client: ClientRef) -> str:
+        words = {Standing.EXPECTED: "working", Standing.CLAIMED: "uploading", Standing.FOLDED: "reported"}
+        for attempt in self.region.attempts.values():
+            member = attempt.cohort.members.get(client)
+            if attempt.phase.collects and member is not None and member.standing in words:
+                return words[member.standing]
+        return "waiting"
+
+    # ------------------------------------------------------------ what the controller is told
+
+    def report_request(self) -> pb.ReportRequest:
+        """Counts only: no name leaves."""
+        connected = self.region.connected
+        return pb.ReportRequest(
+            region_epoch=self.store.region_epoch,
+            progress=[
+                pb.AttemptProgress(
+                    key=key_to_proto(attempt.key),
+                    phase=attempt.phase.word,
+                    clients_ready=len(self.region.ready(attempt.plan)),
+                    clients_reported=len(attempt.cohort.with_standing(Standing.FOLDED)),
+                    cohort=len(attempt.cohort.members),
+                )
+                for attempt in self.region.attempts.values()
+            ],
+            clients_connected=len(connected),
+            sites_connected=len({client.site for client in connected}),
+            bytes_from_sites=sum(line.bytes_in for line in self.lines.values()),
+            bytes_to_sites=sum(line.bytes_out for line in self.lines.values()),
+        )
+
+
+def _attributes(key: AttemptKey) -> dict[str, str | int]:
+    return {"run": key.run, "round": key.round, "attempt": key.attempt, "task": key.task.value}
+
+
+def _event_of(incarnation: str, report: Report) -> Event:
+    match report.outcome:
+        case Outcome.FOLDED:
+            return UpdateFolded(incarnation, report.key)
+        case Outcome.LET_GO:
+            return UpdateLetGo(incarnation, report.key)
+        case Outcome.DECLINED | Outcome.INVALID:
+            return ClientDeclined(report.key)
+
+
+def _reason_of(error: HierFLError) -> Reason:
+    if isinstance(error, StorageError):
+        return Reason.STORAGE
+    return Reason.POLICY if isinstance(error, ResidencyError) else Reason.INVALID

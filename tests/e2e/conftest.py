@@ -1,0 +1,34 @@
+"""``federate``: a whole federation in one event loop (tests/support/federations.py)."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import pytest
+from federations import InProcess, noisy_app
+
+from hierfl.client.app import App
+
+
+@pytest.fixture
+def federate(tmp_path: Path):
+    """``async with federate({"eu": ["site-00", ...]}, intakes=1) as federation``."""
+    count = iter(range(1000))
+
+    @asynccontextmanager
+    async def start(
+        regions: Mapping[str, list[str]], *, intakes: int = 1, app: App | None = None
+    ) -> AsyncIterator[InProcess]:
+        federation = InProcess(tmp_path / f"federation-{next(count)}", regions, intakes, app or noisy_app())
+        federation.provision()
+        async with AsyncExitStack() as stack:
+            await federation.start_controller(stack)
+            for region in regions:
+                await federation.start_combiner(stack, region)
+                federation.start_clients(region)
+            stack.push_async_callback(federation.stop_clients)
+            yield federation
+
+    return start

@@ -1,0 +1,143 @@
+"""Federations for end-to-end tests: the shipped parts in one event loop, over real gRPC and real certificates.
+
+Only Ray and the process borders are left out here; ``test_processes.py`` has those.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from combiners.host import RegionSettings
+from combiners.local import LocalCombiner
+from controller.app import ControllerApp
+from hierfl import provision
+from hierfl.client.app import App
+from hierfl.client.offers import SitePolicy
+from hierfl.client.params import make_layout
+from hierfl.client.runner import serve
+from hierfl.client.task import Metrics, Task, Update
+from hierfl.job import Arithmetic, Job, JobHead, RoundRules
+from hierfl.operator import Operator, connect
+from hierfl.pki import Kit
+from hierfl.residency import ZonePolicy
+from hierfl.wire import hierfl_pb2 as pb
+
+NUM_VALUES = 1000
+
+
+def noisy_app(*, delay_s: float = 0.0) -> App:
+    """An app whose update depends on ``task.seed`` only; it takes up to ``delay_s`` at random to make it."""
+
+    def init(config: Mapping[str, object]) -> dict[str, np.ndarray]:
+        del config
+        rng = np.random.default_rng(7)
+        return {
+            "body": rng.standard_normal(NUM_VALUES).astype(np.float32),
+            "head": rng.standard_normal((3, 5)).astype(np.float32),
+        }
+
+    def train(task: Task) -> Update:
+        if delay_s:
+            time.sleep(random.SystemRandom().uniform(0, delay_s))  # another order of arrival each time
+        rng = np.random.default_rng(task.seed)
+        params = {
+            name: array + rng.normal(scale=1e-2, size=array.shape).astype(np.float32)
+            for name, array in task.params.items()
+        }
+        return Update(params, num_examples=int(rng.integers(1, 1000)), metrics={"loss": float(rng.uniform())})
+
+    def evaluate(task: Task) -> Metrics:
+        total = sum(float(np.abs(array).sum()) for array in task.params.values())
+        return Metrics(loss=total / NUM_VALUES, num_examples=10, accuracy=0.5)
+
+    return App(name="noisy", init=init, train=train, evaluate=evaluate)
+
+
+class InProcess:
+    """A running federation. ``regions`` maps a region to the names of its sites."""
+
+    def __init__(self, directory: Path, regions: Mapping[str, list[str]], intakes: int, app: App) -> None:
+        self.directory, self.regions, self.intakes, self.app = directory, regions, intakes, app
+        self.combiners: dict[str, LocalCombiner] = {}
+        self.said: list[str] = []
+        self._clients: dict[str, asyncio.Task[bool]] = {}
+
+    def kit(self, *parts: str) -> Path:
+        return self.directory.joinpath("kits", *parts)
+
+    def provision(self) -> None:
+        provision.init(self.directory, "test-federation")
+        provision.add_operator(self.directory, "admin")
+        for region, sites in self.regions.items():
+            provision.add_region(self.directory, region)
+            for site in sites:
+                provision.add_site(self.directory, region, site)
+
+    async def start_controller(self, stack: AsyncExitStack) -> None:
+        app = ControllerApp(Kit.load(self.kit("controller")), self.directory / "controller")
+        self.controller = await stack.enter_async_context(app)
+
+    async def start_combiner(self, stack: AsyncExitStack, region: str) -> None:
+        policy = ZonePolicy(k=min(3, len(self.regions[region])), max_share=1.0)
+        combiner = LocalCombiner(
+            Kit.load(self.kit("regions", region, "combiner")),
+            self.directory / "regions" / region,
+            self.controller.address,
+            intakes=self.intakes,
+            region=RegionSettings(policy=policy),
+        )
+        self.combiners[region] = await stack.enter_async_context(combiner)
+
+    def start_clients(self, region: str) -> None:
+        addresses = self.combiners[region].addresses
+        for site in self.regions[region]:
+            provision.set_addresses(self.kit("sites", region, site, "client-00"), addresses)
+        kits = [Kit.load(self.kit("sites", region, site, "client-00")) for site in self.regions[region]]
+        policy = SitePolicy(app=self.app, min_k=2)
+        clients = serve(policy, kits, self.directory / "clients" / region, {}, workers=4, say=self.said.append)
+        self._clients[region] = asyncio.create_task(clients)
+
+    async def stop_clients(self) -> None:
+        for task in self._clients.values():
+            task.cancel()
+        await asyncio.gather(*self._clients.values(), return_exceptions=True)
+
+    @asynccontextmanager
+    async def operator(self) -> AsyncIterator[Operator]:
+        async with connect(Kit.load(self.kit("operators", "admin")), self.controller.address) as operator:
+            yield operator
+
+    async def train(self, job: Job) -> pb.GetRunResponse:
+        """Submit a job from the app's own first model and wait for its end."""
+        layout, vectors = make_layout(self.app.init(job.app))
+        async with self.operator() as operator:
+            run = await operator.submit(job, await operator.upload_model(layout, vectors))
+            async with asyncio.timeout(60):
+                async for _ in operator.follow(run):
+                    pass
+            return await operator.run(run)
+
+
+def job(*, rounds: int = 3, min_regions: int = 1, min_clients: int = 1, seed: int = 3) -> Job:
+    return Job(
+        job=JobHead(name="test", app="noisy", rounds=rounds, seed=seed),
+        round=RoundRules(min_regions=min_regions, min_clients=min_clients, report_timeout_s=40, silence_s=2),
+        arithmetic=Arithmetic(k=2),
+    )
+
+
+def require(condition: bool, what: str) -> None:
+    """Skip where a tool is missing; fail where everything has to be there."""
+    if not condition:
+        if os.environ.get("HIERFL_REQUIRE_ALL"):
+            pytest.fail(f"needs {what}")
+        pytest.skip(f"needs {what}")
