@@ -18,7 +18,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from combiners.checks import expect_update
 from combiners.desk import Desk, IntakeSettings
 from combiners.messages import App, Claim, HandOver, Opening, RegionPort, serves
-from hierfl import observe
+from hierfl import kernels, observe
 from hierfl.errors import NotFound, RoundClosed, Unreachable, WireError
 from hierfl.pki import Kit, verify
 from hierfl.plan import DECLINE_CODES
@@ -51,6 +51,8 @@ class IntakeHost:
         self._server = grpc.aio.server(interceptors=[interceptor], options=tls.server_options())
         self._health = health.aio.HealthServicer()
         self._desk_task: asyncio.Task[None] | None = None
+        self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Ends with the error after which this intake cannot go on."""
 
     async def start(self, listen: str) -> str:
         """Bind ``listen`` (``host:port``, port 0 for any), serve, and register; the address bound.
@@ -58,6 +60,7 @@ class IntakeHost:
         Raises:
             PortInUse: Another program listens there.
         """
+        await asyncio.to_thread(kernels.warm_up)  # not in the first round
         rpc.add_service(self._server, "CombinerService", _ClientService(self.desk))
         rpc.add_service(self._server, "RegionOperatorService", _OperatorService(self._region))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -66,7 +69,12 @@ class IntakeHost:
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
         self.address = f"{listen.rpartition(':')[0]}:{port}"
         self._desk_task = asyncio.create_task(self.desk.run(self.address))
+        self._desk_task.add_done_callback(self._ended)
         return self.address
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and task.exception() is not None and not self.failed.done():
+            self.failed.set_exception(task.exception() or Unreachable("the intake ended"))
 
     async def stop_admitting(self) -> None:
         """Take no more updates; uploads on their way may end, receipts still go out."""
@@ -81,6 +89,7 @@ class IntakeHost:
             self._desk_task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._desk_task
+        self.failed.cancel()
 
     # ------------------------------------------------------------ IntakePort
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from combiners.messages import Claim, ClaimAnswer, Connection, IntakePort, RegionPort, Registration, Report, Tick
-from hierfl.errors import Unreachable
+from hierfl.errors import HierFLError, Unreachable
 from hierfl.types import UpdateKey
 
 __all__ = ["RegionLink"]
@@ -107,7 +107,7 @@ class RegionLink:
         while True:
             try:
                 return await self._region.register(name, address, port)
-            except Unreachable as error:
+            except HierFLError as error:
                 if not said:
                     logger.warning("%s waits for its region: %s", name, error)
                 said = True
@@ -150,7 +150,8 @@ class RegionLink:
                 try:
                     reply = await self._region.tick(self.incarnation, tick)
                     break
-                except Unreachable:
+                except HierFLError as error:
+                    logger.debug("a tick is sent again: %s", error)
                     await asyncio.sleep(RETRY_S)
             if reply.known:
                 for (_, waiter), answer in zip(claims, reply.answers, strict=True):

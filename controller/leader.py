@@ -51,7 +51,7 @@ class Leader:
         self.kit, self.store, self.blobs, self.commits, self.clock = kit, store, blobs, commits, clock
         self.federation = kit.identity.federation
         self.epoch = 0
-        self.registry = Registry((RegionId(name) for name in kit.trust.regions), clock, self._news)
+        self.registry = Registry(_regions(kit, store), clock, self._news)
         self.runs: dict[RunId, RunLoop] = {}
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Gets the exception that ends this controller: it was replaced, its store is gone, or a bug of ours."""
@@ -108,7 +108,7 @@ class Leader:
 
     def _news(self) -> None:
         for loop in self.runs.values():
-            loop.poke()
+            loop.bell.ring()
 
     # -------------------------------------------------------------- signatures
 
@@ -145,9 +145,10 @@ class Leader:
         """
         if request.leader_epoch > MAX_EPOCH:
             raise WireError(f"leader epoch {request.leader_epoch} is out of range")
-        session = self.registry.attach(region, request.region_epoch, request.store_id)
+        self.registry.check_epoch(region, request.region_epoch, request.store_id)
         row = RegionRow(region=region, region_epoch=request.region_epoch, store_id=request.store_id)
         self.store.write(self.epoch, row)
+        session = self.registry.attach(region, request.region_epoch, request.store_id)
         if request.leader_epoch > self.epoch:
             self._lead_above(request.leader_epoch)
         else:
@@ -175,6 +176,7 @@ class Leader:
         patience = [loop.row.job.round.silence_s for loop in self.runs.values() if not loop.row.state.is_terminal]
         silence_s = min([SILENCE_S, *patience])
         if silence_s != self.silence_s:
+            self.registry.excuse(self.silence_s / 3 + silence_s)
             self.silence_s = silence_s
             for session in self.registry.sessions():
                 session.events.put_nowait(self.attached())
@@ -234,7 +236,7 @@ class Leader:
             job,
             layout,
             model_hash,
-            self.registry.regions,
+            sorted(map(RegionId, self.kit.trust.regions)),
             run=planning.run_id(job, secrets.token_hex(3)),
             request_id=request_id,
             now_unix_ns=time.time_ns(),
@@ -258,6 +260,12 @@ class Leader:
 
     async def put_model(self, layout: Layout, vectors: Mapping[str, Float32Array]) -> ModelHash:
         return await asyncio.to_thread(self.blobs.put_model, layout, vectors)
+
+
+def _regions(kit: Kit, store: Store) -> set[RegionId]:
+    """All that are provisioned, and those that a run began with and that have been retired since."""
+    going_on = (run for run in store.runs() if not run.state.is_terminal)
+    return {*map(RegionId, kit.trust.regions), *(region for run in going_on for region in run.regions)}
 
 
 def checker(kit: Kit) -> Callable[[SignedRecord], None]:

@@ -11,11 +11,11 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from controller import committing, messages, planning
+from controller.bell import Bell
 from controller.collection import Collection, region_view
 from controller.commits import SignedRecord
 from controller.merge import NextModel, merge_partials, next_model
@@ -76,37 +76,21 @@ class RunLoop:
         self._leader = leader
         self._wish: RunCancelled | RunResumed | None = None
         self._retry_at = 0.0
-        self._wake = asyncio.Event()
-        self._followers: set[asyncio.Event] = set()
+        self.bell = Bell(leader.clock)
 
     # -------------------------------------------------------------- what others may do
-
-    def poke(self) -> None:
-        """Something is different: look again."""
-        self._wake.set()
-        for follower in self._followers:
-            follower.set()
-
-    def follow(self) -> asyncio.Event:
-        """An event that is set at every change, until ``unfollow``."""
-        changed = asyncio.Event()
-        self._followers.add(changed)
-        return changed
-
-    def unfollow(self, changed: asyncio.Event) -> None:
-        self._followers.discard(changed)
 
     async def ask(self, event: RunCancelled | RunResumed) -> None:
         """Hand in an operator's wish; returns when it has been carried out, or has become void."""
         self._wish = event
-        changed = self.follow()
-        self.poke()
+        changed = self.bell.follow()
+        self.bell.ring()
         try:
             while self._wish is event and not self.row.state.is_terminal:
                 changed.clear()
                 await changed.wait()
         finally:
-            self.unfollow(changed)
+            self.bell.unfollow(changed)
 
     def collecting(self, key: AttemptKey, region: RegionId) -> Collection:
         """The open attempt of this key, if ``region`` may still answer it.
@@ -138,7 +122,7 @@ class RunLoop:
         self._write(answer)
         collection.row = row
         collection.answers[answer.region] = answer
-        self.poke()
+        self.bell.ring()
 
     def recover(self) -> None:
         """Take up what an earlier controller left: its open attempt, and a version that it could only just record.
@@ -158,27 +142,31 @@ class RunLoop:
             )
         logger.warning("run %s: version %d was on record, adopted", self.row.run, self.row.version + 1)
         self._commit_model(self.open, list(self.open.answers.values()), found)
+        self._announce(self.open.row.key)
+        self._over(self.open, outcome="committed")
 
     # -------------------------------------------------------------- the loop
 
     async def run(self) -> None:
         """Step until the run has ended. What a store or disk refuses pauses the run, if even that can be stored."""
         while not self.row.state.is_terminal:
-            self._wake.clear()
+            self.bell.hush()
             try:
                 wake_at = await self._step()
             except (StaleEpoch, InvalidTransition):
                 raise
             except StorageError as error:
+                if self.row.state is not RunState.RUNNING:
+                    raise
                 logger.exception("run %s cannot use its storage", self.row.run)
                 wake_at = self.pause(str(error))
             except HierFLError as error:
                 logger.exception("run %s failed", self.row.run)
                 wake_at = None
                 self._end(RunFailed(reason=str(error)))
-            self._tell_followers()
+            self.bell.tell()
             if wake_at is not None:
-                await self._wait_until(wake_at)
+                await self.bell.sleep_until(wake_at)
 
     async def _step(self) -> float | None:
         """One step; returns until when to wait for an event, None to go on at once."""
@@ -235,12 +223,6 @@ class RunLoop:
         changes = [registry.live_until(view.region, silence_s) for view in self.regions() if view.presence.is_live]
         return min(changes, default=float("inf"))
 
-    async def _wait_until(self, at: float) -> None:
-        seconds = at - self._leader.clock()
-        with suppress(TimeoutError):  # then time alone changed what a decision sees
-            async with asyncio.timeout(None if seconds == float("inf") else max(seconds, 0.0)):
-                await self._wake.wait()
-
     # -------------------------------------------------------------- carrying out: rounds
 
     def _open(self, wish: OpenAttempt) -> None:
@@ -294,6 +276,9 @@ class RunLoop:
                     self._commit_model(open_, answers, await self._record(open_, answers, total, made))
                 else:
                     self._commit_metrics(open_, answers, total)
+            with observe.span(observe.SPAN_ANNOUNCE, num_regions=len(open_.plans)):
+                self._announce(open_.row.key)
+        self._over(open_, outcome="committed")
 
     async def _record(
         self, open_: Collection, answers: Sequence[AnswerRow], total: PartialAggregate, made: NextModel
@@ -322,13 +307,10 @@ class RunLoop:
         self._committed(open_, *rows)
 
     def _committed(self, open_: Collection, run: RunRow, attempt: AttemptRow, rows: tuple[Row, ...]) -> None:
-        """One transaction, and only then a word to anyone."""
+        """One transaction; only after it does anybody hear of the new version."""
         self._write(*rows)
         self.row, open_.row = run, attempt
         self.told.update({(row.task, row.round): row for row in rows if isinstance(row, RoundRow)})
-        with observe.under(open_.span), observe.span(observe.SPAN_ANNOUNCE, num_regions=len(open_.plans)):
-            self._announce(attempt.key)
-        self._over(open_, outcome="committed")
 
     # -------------------------------------------------------------- carrying out: the run
 
@@ -342,19 +324,21 @@ class RunLoop:
             self._end(wish)
         elif self.row.state is RunState.PAUSED:
             self._move(replace(self.row.after(wish), abandoned_in_a_row=0))
+            if self.open is not None:
+                self.open.opened_at = self._leader.clock()  # the pause took none of its time
         self._wish = None
 
     def _end(self, event: RunFinished | RunCancelled | RunFailed) -> None:
         """End the run; regions that hold something for it get the last word on it."""
         run, open_ = self.row.after(event, now_unix_ns=time.time_ns()), self.open
-        last = open_.row if open_ is not None else next(reversed(self._attempts()), None)
-        if open_ is not None:
-            open_.row = open_.row.after(AttemptWithdrawn(reason=messages.REASON_OF_END[run.state]))
-        self._write(run, *([open_.row] if open_ is not None else []))
+        reason = messages.REASON_OF_END[run.state]
+        last = next(reversed(self._attempts()), None)
+        withdrawn = [] if open_ is None else [open_.row.after(AttemptWithdrawn(reason=reason))]
+        self._write(run, *withdrawn)
         self.row = run
         self._leader.run_ended()
         if open_ is not None:
-            self._send_all(messages.withdrawal(open_.row.key, messages.REASON_OF_END[run.state]))
+            self._send_all(messages.withdrawal(open_.row.key, reason))
             self._over(open_, outcome=str(run.state))
         if last is not None and last.state is not RoundState.COMMITTED:
             self._announce(last.key)
@@ -394,7 +378,3 @@ class RunLoop:
 
     def _write(self, *rows: Row) -> None:
         self._leader.store.write(self._leader.epoch, *rows)
-
-    def _tell_followers(self) -> None:
-        for follower in self._followers:
-            follower.set()

@@ -63,6 +63,7 @@ class _Region:
     store_id: str = ""
     session: Session | None = None
     heard_at: float | None = None
+    excused_until: float = 0.0
     progress: Mapping[AttemptKey, Progress] = field(default_factory=dict)
     traffic: Traffic = field(default_factory=Traffic)
     undelivered: deque[pb.AttachResponse] = field(default_factory=lambda: deque(maxlen=UNDELIVERED))
@@ -156,14 +157,22 @@ class Registry:
     def presence(self, region: RegionId, silence_s: float) -> Presence:
         """What a round that allows ``silence_s`` of silence may think of a region."""
         known = self._known(region)
+        is_live = self._clock() < self.live_until(region, silence_s)
         if known.heard_at is not None:
-            return Presence.ATTACHED if self._clock() - known.heard_at < silence_s else Presence.SILENT
-        return Presence.EXPECTED if self._clock() - self._started_at < silence_s else Presence.ABSENT
+            return Presence.ATTACHED if is_live else Presence.SILENT
+        return Presence.EXPECTED if is_live else Presence.ABSENT
 
     def live_until(self, region: RegionId, silence_s: float) -> float:
         """When a live region's presence changes unless it is heard from, on the registry's clock."""
         known = self._known(region)
-        return (self._started_at if known.heard_at is None else known.heard_at) + silence_s
+        heard_at = self._started_at if known.heard_at is None else known.heard_at
+        return max(heard_at + silence_s, known.excused_until)
+
+    def excuse(self, seconds: float) -> None:
+        """Attached regions are being told to report more often: until they do, for so long, they are not silent."""
+        for known in self._regions.values():
+            if known.session is not None:
+                known.excused_until = self._clock() + seconds
 
     def silent_for_s(self, region: RegionId) -> float:
         """Seconds since the region was heard from, or since this controller's start."""

@@ -175,22 +175,22 @@ class OperatorService:
         self, request: pb.FollowRunRequest, _: Context
     ) -> AsyncIterator[pb.FollowRunResponse]:
         loop = self._leader.run(request.run)
-        changed, last, num_told = loop.follow(), None, 0
+        changed, last, num_told = loop.bell.follow(), None, 0
         try:
             while True:
                 changed.clear()
                 for told in list(loop.told.values())[num_told:]:
                     num_told += 1
                     yield _snapshot(self._leader, loop, messages.round_summary(told))
-                snapshot = _snapshot(self._leader, loop)
+                snapshot, is_last = _snapshot(self._leader, loop), loop.row.state.is_terminal
                 if snapshot != last:
                     yield snapshot
                     last = snapshot
-                if loop.row.state.is_terminal:
+                if is_last:
                     return
                 await changed.wait()
         finally:
-            loop.unfollow(changed)
+            loop.bell.unfollow(changed)
 
     async def CancelRun(self, request: pb.CancelRunRequest, _: Context) -> pb.CancelRunResponse:  # noqa: N802
         return pb.CancelRunResponse(state=await self._leader.cancel(request.run))

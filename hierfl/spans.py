@@ -22,9 +22,21 @@ import msgspec
 from hierfl.errors import NotFound
 from hierfl.observe import SPAN_CLIENT_WAIT, SPAN_COMMIT, SPAN_ROUND
 
-__all__ = ["Leg", "Row", "SpanLine", "Waterfall", "clock_offsets", "critical_path", "pick_round", "read", "waterfall"]
+__all__ = [
+    "Leg",
+    "Row",
+    "SpanLine",
+    "Waterfall",
+    "clock_offsets",
+    "critical_path",
+    "in_their_regions",
+    "pick_round",
+    "read",
+    "waterfall",
+]
 
 CONTROLLER = "controller"
+CLIENT = "client"
 
 Interval = tuple[int, int]
 
@@ -88,13 +100,16 @@ def pick_round(spans: Iterable[SpanLine], run: str, round_number: int | None = N
         if "run" in span.attributes and "round" in span.attributes
     }
     chosen = _only_run({name for name, _ in keys.values()}, run)
-    numbers = {number: trace for trace, (name, number) in keys.items() if name == chosen}
+    numbers = {trace: number for trace, (name, number) in keys.items() if name == chosen}
     committed = {span.trace for span in spans if span.name == SPAN_COMMIT and span.ok}
     if round_number is None:
-        round_number = max((n for n, trace in numbers.items() if trace in committed), default=max(numbers))
-    if round_number not in numbers:
-        raise NotFound("trace of round", str(round_number), f"there are {min(numbers)} to {max(numbers)}")
-    return [span for span in spans if span.trace == numbers[round_number]]
+        last = max(numbers.values())
+        round_number = max((number for trace, number in numbers.items() if trace in committed), default=last)
+    picked = [span for span in spans if numbers.get(span.trace) == round_number]
+    if not picked:
+        known = sorted(set(numbers.values()))
+        raise NotFound("trace of round", str(round_number), f"there are {known[0]} to {known[-1]}")
+    return picked
 
 
 def _only_run(runs: set[str], wanted: str) -> str:
@@ -159,6 +174,25 @@ def _nearest_shift(low: float, high: float) -> int:
     return round((low + high) / 2)
 
 
+# Regions
+
+
+def in_their_regions(spans: Sequence[SpanLine]) -> list[SpanLine]:
+    """The spans of sites' processes, with the region that the process or the combiner it called belongs to."""
+    by_id = {span.span: span for span in spans}
+    regions = {span.process: span.owner for span in spans if "region" in span.attributes}
+    for child in spans:
+        caller = by_id.get(child.parent)
+        if caller is not None and child.kind == "server" and child.owner != CONTROLLER:
+            regions.setdefault(caller.process, child.owner)
+    return [
+        replace(span, attributes={**span.attributes, "region": regions[span.process]})
+        if span.owner == CLIENT and span.process in regions
+        else span
+        for span in spans
+    ]
+
+
 # The waterfall
 
 
@@ -209,7 +243,7 @@ class Waterfall:
 def waterfall(spans: Sequence[SpanLine]) -> Waterfall:
     """Lay out one round's spans (``pick_round``; at least one)."""
     offsets = clock_offsets(spans)
-    moved = [_moved(span, offsets[span.process]) for span in spans]
+    moved = [_moved(span, offsets[span.process]) for span in in_their_regions(spans)]
     roots = [span for span in moved if span.name == SPAN_ROUND]
     window = roots or moved
     start = min(span.start_unix_ns for span in window)

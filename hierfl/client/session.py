@@ -14,47 +14,36 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import Enum
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from hierfl import observe
+from hierfl.client.courier import TRY_AGAIN, Courier
 from hierfl.client.folder import ClientFolder
 from hierfl.client.held import Held, Work, encode_update
-from hierfl.client.link import Link, Waits
+from hierfl.client.link import Link
 from hierfl.client.models import FetchedModel, ModelCache, OwnModels
 from hierfl.client.offers import SitePolicy, accept, check_groups, decline_code
 from hierfl.client.work import Made, TaskFailed, do_task
 from hierfl.client.worker import Worker
 from hierfl.errors import (
-    DigestMismatch,
     HierFLError,
     RoundClosed,
     StaleEpoch,
     StorageError,
     StoreDamaged,
-    TransferIncomplete,
-    Unreachable,
     WireError,
 )
 from hierfl.pki import Kit
 from hierfl.plan import Plan
 from hierfl.receipts import Reason, Receipt, ReceiptState
-from hierfl.records import UPDATE_CONTEXT, update_statement
-from hierfl.types import AttemptKey, ClientRef, RunId, TaskKind, UpdateKey
+from hierfl.types import AttemptKey, ClientRef, RunId, TaskKind
 from hierfl.wire import hierfl_pb2 as pb
 from hierfl.wire import transfer
 from hierfl.wire.convert import key_from_proto
 
 __all__ = ["Session", "Site"]
-
-T = TypeVar("T")
-
-LONGEST_PAUSE_S = 10.0
-"""Between two tries of a call while the link is up."""
-
-_TRY_AGAIN = (Unreachable, TransferIncomplete, DigestMismatch)
-"""What a better moment may mend."""
 
 _FINAL_REASONS = frozenset({Reason.INVALID, Reason.DIGEST_CONFLICT, Reason.RUN_CANCELLED, Reason.RUN_FAILED})
 """Not counted, and no later attempt at the same work can change that."""
@@ -89,6 +78,8 @@ class _Answer:
     plan: Plan
     stage: _Stage = _Stage.WAITING
     withdrawn: bool = False
+    asked_again: bool = False
+    """The same offer came once more: what was handed in meanwhile may have been lost."""
     task: asyncio.Task[None] | None = None
 
 
@@ -106,6 +97,7 @@ class Session:
         self.client = kit.identity.client_ref
         app = site.policy.app
         self.link = Link(kit, [(app.name, app.version)], self.say)
+        self.courier = Courier(self.link, self.say)
         self.folder = ClientFolder(directory, self.client)
         self.updates = self.folder.updates
         self._answers: dict[Work, _Answer] = {}
@@ -170,7 +162,7 @@ class Session:
         try:
             for receipt in await self.link.receipts(keys):
                 self._on_receipt(receipt)
-        except _TRY_AGAIN:
+        except TRY_AGAIN:
             return  # the link is down again; asked once more when it is up
         except HierFLError as error:
             self.say(f"what became of the updates held here is not known yet: {error}")
@@ -193,7 +185,8 @@ class Session:
         work = Work.of(plan)
         answer = self._answers.get(work)
         if answer is not None and answer.plan.attempt >= plan.attempt and not answer.withdrawn:
-            return  # said twice
+            answer.asked_again = True
+            return
         if answer is not None and answer.stage is not _Stage.HANDING_IN:
             answer.plan, answer.withdrawn = plan, False  # what is being made answers the new attempt
             return
@@ -216,6 +209,8 @@ class Session:
             self.say(f"{where}: not counted ({receipt.reason})")
         elif state is ReceiptState.SEALED:
             self.say(f"{where}: sealed in the region's sum")
+        elif state is ReceiptState.STAGED:
+            self.say(f"{where}: handed in")
         if state is ReceiptState.COMMITTED or receipt.reason in _FINAL_REASONS:
             self.updates.drop(held.work)
         else:
@@ -282,7 +277,10 @@ class Session:
         if held.attempt != answer.plan.attempt:
             held = self.updates.address(held, answer.plan.attempt)
             self.say(f"{round_of(held.key)}: answered with the update made before")
-        await self._hand_in(held, outgoing)
+        answer.asked_again = True
+        while answer.asked_again:
+            answer.asked_again = False
+            self._on_receipt(await self.courier.hand_in(held, outgoing, round_of(held.key)))
 
     async def _find_held(self, work: Work) -> tuple[Held | None, transfer.Outgoing | None]:
         held = self.updates.find(work)
@@ -303,11 +301,10 @@ class Session:
         self._newest_round[plan.run] = max(newest, plan.round)
         if plan.round > newest:
             return False
-        receipts = await self._patiently(lambda: self.link.receipts([plan.key]), f"{round_of(plan.key)}: not begun")
-        known = [receipt for receipt in receipts if receipt.state is not ReceiptState.OFFERED]
-        for receipt in known:
-            self.say(f"{round_of(plan.key)}: the combiner has this client's update already ({receipt.state})")
-        return bool(known)
+        known = await self.courier.known(plan.key, round_of(plan.key))
+        if known is not None:
+            self.say(f"{round_of(plan.key)}: the combiner has this client's update already ({known.state})")
+        return known is not None
 
     async def _make(self, work: Work, answer: _Answer) -> tuple[Held, transfer.Outgoing]:
         """Fetch, train, hold. The update is durable when this returns."""
@@ -352,50 +349,13 @@ class Session:
     async def _fetch(self, plan: Plan) -> FetchedModel:
         with observe.span(observe.SPAN_MODEL_FETCH, run=plan.run, round=plan.round, site=self.client.site):
             try:
-                model = await self._patiently(
+                model = await self.courier.patiently(
                     lambda: self.site.models.get(plan, self.link.fetch_model), f"{round_of(plan.key)}: no model yet"
                 )
                 check_groups(plan, model.layout)
             except HierFLError as error:
                 raise TaskFailed(decline_code(error), f"the model cannot be used: {error}") from None
             return model
-
-    async def _hand_in(self, held: Held, outgoing: transfer.Outgoing) -> None:
-        """Until the combiner has it, or says what became of it."""
-        statement = update_statement(UpdateKey(held.key, self.client), held.digest, held.head.weight)
-
-        async def send() -> Receipt:
-            with observe.span(
-                observe.SPAN_UPLOAD,
-                run=held.work.run,
-                round=held.work.round,
-                site=self.client.site,
-                bytes=outgoing.length_bytes,
-            ):
-                signature = self.link.kit.sign(statement, UPDATE_CONTEXT)  # by the certificate of this connection
-                return await self._send(held, outgoing, signature)
-
-        self._on_receipt(await self._patiently(send, f"{round_of(held.key)}: the update is not with the combiner yet"))
-
-    async def _send(self, held: Held, outgoing: transfer.Outgoing, signature: bytes) -> Receipt:
-        while True:
-            answer = await self.link.admit(held.key, outgoing, held.head.weight, signature)
-            kind = answer.WhichOneof("answer")
-            if kind == "ticket":
-                return await self.link.upload(held.key, outgoing, answer.ticket)
-            if kind == "receipt":
-                return self.link.receipt(answer.receipt)
-            await asyncio.sleep(answer.retry_after_ms / 1000)
-
-    async def _patiently(self, call: Callable[[], Coroutine[Any, Any, T]], what: str) -> T:
-        """Call until it succeeds or fails for good; a link that is down is waited for."""
-        waits = Waits(lambda reason: self.say(f"{what}: {reason}"), LONGEST_PAUSE_S)
-        while True:
-            await self.link.wait_until_up()
-            try:
-                return await call()
-            except _TRY_AGAIN as error:
-                await asyncio.sleep(waits.next_pause_s(str(error)))
 
     # ---------------------------------------------------------------- saying no
 
@@ -413,9 +373,8 @@ class Session:
             return f"; its details are lost: {error}"
 
     async def _decline(self, key: AttemptKey, code: str) -> None:
-        """Say no with a code, never a text."""
         try:
-            await self._patiently(lambda: self.link.decline(key, code), f"{round_of(key)}: not declined yet")
+            await self.courier.decline(key, code, round_of(key))
         except HierFLError as error:
             self.say(f"{round_of(key)}: the combiner does not take the refusal: {error}")
         self.site.on_round_over(self.client, key)

@@ -20,7 +20,7 @@ from hierfl import __version__, observe
 from hierfl.errors import HierFLError, TransferIncomplete
 from hierfl.types import AttemptKey
 from hierfl.wire import hierfl_pb2 as pb
-from hierfl.wire import transfer
+from hierfl.wire.header import MAX_HEADER_BYTES, continues, join_header
 from hierfl.wire.models import check_model
 from hierfl.wire.status import from_rpc_error
 from hierfl.wire.transfer import Expect, Incoming, Outgoing
@@ -144,7 +144,7 @@ class _Frames:
             self._accepted = True
             await self._context.send_initial_metadata((GO_ON,))
         frame = await anext(aiter(self._frames))  # grpc.aio's is one iterator, however often it is asked for
-        self._has_header = self._has_header or not transfer.continues(frame)
+        self._has_header = self._has_header or not continues(frame)
         return frame
 
     async def drain(self) -> None:
@@ -180,7 +180,7 @@ def _encode(outgoing: Outgoing) -> str:
 
 
 async def first_frame(
-    frames: AsyncIterable[bytes], silence_s: float = SILENCE_S, max_bytes: int = transfer.MAX_HEADER_BYTES
+    frames: AsyncIterable[bytes], silence_s: float = SILENCE_S, max_bytes: int = MAX_HEADER_BYTES
 ) -> bytes:
     """The header of a transfer, whole. ``transfer.read_header`` says whom it is addressed to, and so what to expect:
     an ``Incoming`` is then fed this, and the rest by ``frames_of``.
@@ -191,8 +191,8 @@ async def first_frame(
     """
     header, stream = b"", aiter(frames)
     while (frame := await _next_frame(stream, silence_s)) is not None:
-        header = transfer.join_header(header, frame, max_bytes)
-        if not transfer.continues(frame):
+        header = join_header(header, frame, max_bytes)
+        if not continues(frame):
             return header
     raise TransferIncomplete("transfer: ended before its header")
 
@@ -354,7 +354,7 @@ async def send_frames(call: Call, frames: Iterable[bytes], metadata: Metadata = 
     try:
         for frame in frames:
             await sending.write(frame)
-            if not has_header and not transfer.continues(frame):
+            if not has_header and not continues(frame):
                 has_header = True
                 if GO_ON not in tuple(await sending.initial_metadata()):
                     return await sending

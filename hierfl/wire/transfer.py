@@ -14,119 +14,32 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from hierfl import documents
-from hierfl.errors import DigestMismatch, LayoutMismatch, TransferIncomplete, WireError
+from hierfl.errors import DigestMismatch, TransferIncomplete, WireError
 from hierfl.types import AttemptKey
 from hierfl.wire import arrow, digest
 from hierfl.wire.arrow import DtypeName
-from hierfl.wire.convert import check_key
+from hierfl.wire.header import (
+    PROTOCOL,
+    Descriptor,
+    Expect,
+    Header,
+    Kind,
+    Trailer,
+    VectorSpec,
+    check_descriptor,
+    check_expected,
+    continues,
+    header_frames,
+    join_header,
+    read_header,
+    read_trailer,
+)
 
-__all__ = [
-    "MAX_HEADER_BYTES",
-    "PROTOCOL",
-    "Descriptor",
-    "Expect",
-    "Header",
-    "Incoming",
-    "Kind",
-    "Outgoing",
-    "VectorSpec",
-    "continues",
-    "join_header",
-    "read_header",
-]
-
-PROTOCOL = "hierfl.transfer/1"
-Kind = Literal["model", "update", "partial"]
-
-HEADER_PART_BYTES = 2**20
-MAX_HEADER_BYTES = documents.MAX_DOCUMENT_BYTES
-_CONTINUES = b"+"
-MAX_TRAILER_BYTES = 1024
-MAX_TICKET_BYTES = 256
-MAX_VECTORS = 1024
-MAX_NAME_BYTES = 1024
-MAX_VALUES = 2**40
-"""Caps on what a header may claim, whatever the receiver expects."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class VectorSpec:
-    """One flat vector of a transfer."""
-
-    name: str
-    dtype: DtypeName
-    num_values: int
-
-    @property
-    def length_bytes(self) -> int:
-        return self.num_values * arrow.DTYPES[self.dtype].itemsize
-
-    def chunk_lengths(self) -> Iterator[int]:
-        """Values of each chunk in turn; none for a vector without values."""
-        full = arrow.values_per_chunk(self.dtype)
-        for start in range(0, self.num_values, full):
-            yield min(full, self.num_values - start)
-
-    @property
-    def num_chunks(self) -> int:
-        return -(-self.num_values // arrow.values_per_chunk(self.dtype))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Descriptor:
-    """What a transfer holds. Travels as the exact JSON text that its digest covers."""
-
-    kind: Kind
-    encoding: DtypeName
-    """How values travel; in protocol version 1 the dtype of every vector."""
-    digest_alg: str
-    layout_hash: str
-    vectors: tuple[VectorSpec, ...]
-    length_bytes: int
-    """Of all values, without framing."""
-    num_chunks: int
-    meta: str
-    """A document of its own: a model's layout, the head of an update or a partial."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Header:
-    """First frame. ``key`` and ``ticket`` address the transfer; a model has neither."""
-
-    protocol: str
-    key: AttemptKey | None
-    ticket: str
-    """As hex."""
-    descriptor: str
-
-    @property
-    def ticket_bytes(self) -> bytes:
-        return bytes.fromhex(self.ticket)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Trailer:
-    """Last frame."""
-
-    digest: str
-
-
-@dataclass(frozen=True)
-class Expect:
-    """What a receiver takes. ``None``: any that the other rules allow."""
-
-    kind: Kind
-    layout_hash: str | None
-    vectors: tuple[VectorSpec, ...] | None
-    max_bytes: int
-    """Cap on the bytes of all values."""
-    digest: str | None = None
+__all__ = ["Descriptor", "Expect", "Header", "Incoming", "Kind", "Outgoing", "VectorSpec", "read_header"]
 
 
 class Outgoing:
@@ -170,7 +83,7 @@ class Outgoing:
             num_chunks=sum(spec.num_chunks for spec in specs),
             meta=_text(meta),
         )
-        _check_descriptor(self.descriptor)
+        check_descriptor(self.descriptor)
         self._text = documents.encode(self.descriptor).decode()
         self._encoded: tuple[tuple[bytes, ...], str] | None = None
         self._lock = threading.Lock()
@@ -199,9 +112,8 @@ class Outgoing:
     def frames(self, key: AttemptKey | None = None, ticket: bytes = b"") -> Iterator[bytes]:
         """Header, chunks, trailer: addressed to ``key``, let in by ``ticket``."""
         chunks, root = self._encode()
-        header = documents.encode(Header(protocol=PROTOCOL, key=key, ticket=ticket.hex(), descriptor=self._text))
-        _require(len(header) <= MAX_HEADER_BYTES, f"its header would have more than {MAX_HEADER_BYTES} bytes")
-        yield from _header_frames(header)
+        header = Header(protocol=PROTOCOL, key=key, ticket=ticket.hex(), descriptor=self._text)
+        yield from header_frames(documents.encode(header))
         yield from chunks
         yield documents.encode(Trailer(digest=root))
 
@@ -256,7 +168,7 @@ class Incoming:
         elif self._next is not None:
             self._take_chunk(frame, *self._next)
         elif self._trailer is None:
-            self._take_trailer(frame)
+            self._trailer = read_trailer(frame)
         else:
             raise WireError("transfer: a frame came after the trailer")
 
@@ -314,8 +226,8 @@ class Incoming:
     def _take_header(self, head: bytes) -> None:
         header, self._head = read_header(head), b""
         descriptor = documents.decode(header.descriptor.encode(), Descriptor, "transfer descriptor")
-        _check_descriptor(descriptor)
-        _check_expected(descriptor, self._expect)
+        check_descriptor(descriptor)
+        check_expected(descriptor, self._expect)
         self._header, self._descriptor = header, descriptor
         self.chunks = {spec.name: [] for spec in descriptor.vectors}
         self._lengths = ((spec, length) for spec in descriptor.vectors for length in spec.chunk_lengths())
@@ -329,95 +241,6 @@ class Incoming:
         self.chunks[spec.name].append(values)
         self.frames.append(frame)
         self._next = next(self._lengths, None)
-
-    def _take_trailer(self, frame: bytes) -> None:
-        _require(len(frame) <= MAX_TRAILER_BYTES, f"its trailer has more than {MAX_TRAILER_BYTES} bytes")
-        trailer = documents.decode(frame, Trailer, "transfer trailer")
-        digest.check(trailer.digest)
-        self._trailer = trailer
-
-
-def continues(frame: bytes) -> bool:
-    """Whether a frame of a header is not its last."""
-    return frame.startswith(_CONTINUES)
-
-
-def join_header(so_far: bytes, frame: bytes, max_bytes: int = MAX_HEADER_BYTES) -> bytes:
-    """The header with one more frame of it; parts are full, so that there are few of them.
-
-    Raises:
-        WireError: More than ``max_bytes``, or a part that continues and is not full.
-    """
-    if continues(frame):
-        _require(len(frame) == len(_CONTINUES) + HEADER_PART_BYTES, "a part of its header is not full")
-        frame = frame[len(_CONTINUES) :]
-    _require(len(so_far) + len(frame) <= max_bytes, f"its header has more than {max_bytes} bytes")
-    return so_far + frame
-
-
-def _header_frames(header: bytes) -> Iterator[bytes]:
-    start = 0
-    while len(header) - start > HEADER_PART_BYTES:
-        yield _CONTINUES + header[start : start + HEADER_PART_BYTES]
-        start += HEADER_PART_BYTES
-    yield header[start:]
-
-
-def read_header(header: bytes) -> Header:
-    """Read a whole header: whom it is addressed to decides what to expect of the rest.
-
-    Raises:
-        WireError: It is no header of this protocol.
-    """
-    _require(len(header) <= MAX_HEADER_BYTES, f"its header has more than {MAX_HEADER_BYTES} bytes")
-    read = documents.decode(header, Header, "transfer header")
-    _require(read.protocol == PROTOCOL, f"its protocol is {read.protocol[:40]!r}, not {PROTOCOL!r}")
-    _require(_is_hex(read.ticket) and len(read.ticket) <= 2 * MAX_TICKET_BYTES, "its ticket is no hex")
-    if read.key is not None:
-        check_key(read.key)
-    return read
-
-
-def _check_descriptor(descriptor: Descriptor) -> None:
-    """What holds for every transfer. The header's claims about sizes must agree with each other."""
-    vectors = descriptor.vectors
-    digest.new(descriptor.digest_alg)
-    _require(len(descriptor.layout_hash) == 64 and _is_hex(descriptor.layout_hash), "its layout hash is no SHA-256")
-    _require(len(vectors) <= MAX_VECTORS, f"has more than {MAX_VECTORS} vectors")
-    _require(len({spec.name for spec in vectors}) == len(vectors), "a vector's name stands twice")
-    for spec in vectors:
-        _require(1 <= len(spec.name.encode(errors="replace")) <= MAX_NAME_BYTES, "a vector's name is out of range")
-        _require(0 <= spec.num_values <= MAX_VALUES, f"vector {spec.name[:80]!r} has a length out of range")
-        _require(spec.dtype == descriptor.encoding, f"vector {spec.name[:80]!r} has another dtype than the encoding")
-    _require(descriptor.length_bytes == sum(spec.length_bytes for spec in vectors), "its length is not its vectors'")
-    _require(descriptor.num_chunks == sum(spec.num_chunks for spec in vectors), "its chunks are not its vectors'")
-
-
-def _check_expected(descriptor: Descriptor, expect: Expect) -> None:
-    _require(descriptor.kind == expect.kind, f"is of kind {descriptor.kind!r}, not {expect.kind!r}")
-    if expect.layout_hash is not None and descriptor.layout_hash != expect.layout_hash:
-        raise LayoutMismatch(f"transfer: has layout {descriptor.layout_hash[:12]}, the run {expect.layout_hash[:12]}")
-    if expect.vectors is not None and descriptor.vectors != expect.vectors:
-        raise LayoutMismatch(f"transfer: has {_listed(descriptor.vectors)}, not {_listed(expect.vectors)}")
-    _require(
-        descriptor.length_bytes <= expect.max_bytes,
-        f"has {descriptor.length_bytes} bytes, more than {expect.max_bytes}",
-    )
-    if expect.digest is not None and not expect.digest.startswith(f"{descriptor.digest_alg}:"):
-        raise DigestMismatch(f"transfer: its digest is {descriptor.digest_alg}, expected is {expect.digest}")
-
-
-def _listed(vectors: tuple[VectorSpec, ...]) -> str:
-    return ", ".join(f"{spec.name[:40]!r} {spec.dtype} ({spec.num_values},)" for spec in vectors[:8]) or "no vector"
-
-
-def _require(ok: bool, rule: str) -> None:
-    if not ok:
-        raise WireError(f"transfer: {rule}")
-
-
-def _is_hex(text: str) -> bool:
-    return len(text) % 2 == 0 and set(text) <= set("0123456789abcdef")
 
 
 def _plain(name: str, vector: np.ndarray, encoding: str) -> np.ndarray:

@@ -33,19 +33,26 @@ from hierfl.wire import rpc, tls
 from hierfl.wire.convert import key_from_proto
 from hierfl.wire.transfer import Expect, Outgoing
 
-REGIONS = ("ap", "eu", "us")
 LAYOUT = Layout.of({"w": np.zeros(3, np.float32)})
+
+
+def _provisioned(path: Path, *regions: str) -> Path:
+    provision.init(path, "fed")
+    for region in regions:
+        provision.add_region(path, region)
+    provision.add_operator(path, "olga")
+    return path
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A federation's certificates, made once."""
-    path = tmp_path_factory.mktemp("federation")
-    provision.init(path, "fed")
-    for region in REGIONS:
-        provision.add_region(path, region)
-    provision.add_operator(path, "olga")
-    return path
+    """Certificates of a federation of two regions, made once."""
+    return _provisioned(tmp_path_factory.mktemp("two"), "eu", "us")
+
+
+@pytest.fixture(scope="session")
+def folder_of_three(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _provisioned(tmp_path_factory.mktemp("three"), "ap", "eu", "us")
 
 
 @pytest.fixture
@@ -254,7 +261,7 @@ class Federation:
 
 @pytest.fixture
 async def federation(folder: Path, tmp_path: Path) -> AsyncIterator[Federation]:
-    """A federation whose controller is not running yet."""
+    """A federation of two regions whose controller is not running yet."""
     made = Federation(folder, tmp_path / "controller")
     yield made
     await made.close()
@@ -262,7 +269,16 @@ async def federation(folder: Path, tmp_path: Path) -> AsyncIterator[Federation]:
 
 @pytest.fixture
 async def running(federation: Federation) -> AsyncIterator[Federation]:
-    """A federation whose controller runs on the test's own loop."""
+    """A federation of eu and us whose controller runs on the test's own loop."""
+    async with federation.controller():
+        yield federation
+        await federation.close()
+
+
+@pytest.fixture
+async def three(folder_of_three: Path, tmp_path: Path) -> AsyncIterator[Federation]:
+    """The same with a third region, ap, which a round can do without."""
+    federation = Federation(folder_of_three, tmp_path / "controller")
     async with federation.controller():
         yield federation
         await federation.close()

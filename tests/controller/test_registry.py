@@ -50,6 +50,17 @@ def test_an_attached_region_falls_silent_and_comes_back_by_a_report(desk):
     assert desk.news == before + 1
 
 
+def test_a_region_told_to_report_more_often_is_given_the_time_to_learn_it(desk):
+    desk.registry.attach(EU, 1, "store")
+    desk.now += 1.0
+    assert desk.registry.presence(EU, 0.5) is Presence.SILENT
+    desk.registry.excuse(2.5)
+    desk.now += 2.4
+    assert desk.registry.presence(EU, 0.5) is Presence.ATTACHED
+    desk.now += 0.2
+    assert desk.registry.presence(EU, 0.5) is Presence.SILENT
+
+
 def test_an_older_start_of_a_region_is_refused_and_a_newer_one_ends_its_stream(desk):
     old = desk.registry.attach(EU, 3, "store")
     new = desk.registry.attach(EU, 4, "store")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from cryptography import x509
 
-from hierfl import documents
+from hierfl import documents, observe, spans
 from hierfl.errors import (
     ConfigError,
     DigestMismatch,
@@ -34,10 +34,10 @@ async def ended(operator, run):
         return [snapshot async for snapshot in operator.follow(run)]
 
 
-async def test_a_run_of_two_rounds_makes_the_mean_model_and_tells_everyone(running, job):
-    operator = await running.operator()
-    regions = [await running.region(name) for name in ("ap", "eu", "us")]
-    run = await running.submit(operator, job(2, min_regions=3))
+async def test_a_run_of_two_rounds_makes_the_mean_model_and_tells_everyone(three, job):
+    operator = await three.operator()
+    regions = [await three.region(name) for name in ("ap", "eu", "us")]
+    run = await three.submit(operator, job(2, min_regions=3))
     for version in (1, 2):
         plans = await asyncio.gather(
             regions[0].answer([[3.0, 0.0, 0.0], [0.0, 0.0, 0.0]]),
@@ -72,16 +72,16 @@ async def test_a_run_of_two_rounds_makes_the_mean_model_and_tells_everyone(runni
     assert (await operator.fetch_model(models[2]))[1]["train"].tolist() == [1.0] * 3
 
 
-async def test_the_operator_sees_what_the_round_waits_for(running, job):
-    operator = await running.operator()
-    eu = await running.region("eu")
-    run = await running.submit(operator, job(min_clients=3, silence_s=0.5))
-    snapshot = await running.until(operator, run, lambda s: "absent" in s.waiting_for)
+async def test_the_operator_sees_what_the_round_waits_for(three, job):
+    operator = await three.operator()
+    eu = await three.region("eu")
+    run = await three.submit(operator, job(min_clients=3, silence_s=0.5))
+    snapshot = await three.until(operator, run, lambda s: "absent" in s.waiting_for)
     assert snapshot.waiting_for == "1 of 3 regions attached; ap is absent; us is absent"
-    us = await running.region("us")
+    us = await three.region("us")
     _, plan = await us.plan()
     await us.report(key=pb.AttemptKey(run=run, task=1, round=1, attempt=1), phase="waiting", clients_ready=1)
-    snapshot = await running.until(operator, run, lambda s: "1 of 3 clients" in s.waiting_for)
+    snapshot = await three.until(operator, run, lambda s: "1 of 3 clients" in s.waiting_for)
     assert snapshot.phase == "collecting"
     assert "us has 1 of 3 clients" in snapshot.waiting_for
     progress = {region.region: region for region in snapshot.regions}
@@ -102,15 +102,15 @@ async def test_the_operator_sees_what_the_round_waits_for(running, job):
     assert (verdict.committed, verdict.reason) == (False, "run_cancelled")
 
 
-async def test_a_region_that_dies_costs_the_others_no_round_once_its_silence_is_noticed(running, job):
-    operator = await running.operator()
-    eu, us, ap = [await running.region(name) for name in ("eu", "us", "ap")]
-    run = await running.submit(operator, job(silence_s=0.5))
+async def test_a_region_that_dies_costs_the_others_no_round_once_its_silence_is_noticed(three, job):
+    operator = await three.operator()
+    eu, us, ap = [await three.region(name) for name in ("eu", "us", "ap")]
+    run = await three.submit(operator, job(silence_s=0.5))
     _, plan = await ap.plan()
     await ap.close()
     await asyncio.gather(eu.answer(), us.answer())
     assert (await ended(operator, run))[-1].summary.rounds_committed == 1
-    back = await running.region("ap", region_epoch=2, pending=[((await eu.next("verdict")).verdict.key, "blake3:00")])
+    back = await three.region("ap", region_epoch=2, pending=[((await eu.next("verdict")).verdict.key, "blake3:00")])
     verdict = (await back.next("verdict")).verdict
     assert (verdict.committed, verdict.partial_digest, verdict.reason) == (True, "", "late")
     with pytest.raises(RoundClosed):
@@ -132,7 +132,7 @@ async def test_abstaining_regions_abandon_the_round_and_then_pause_the_run_with_
     assert snapshot.summary.rounds_abandoned == 2
     assert snapshot.summary.reason == (
         "round 1: 2 attempts in a row were abandoned; the last one: quorum out of reach: 0 of 2 regions needed;"
-        " ap is absent; eu abstained (too_few_sites); us abstained (too_few_sites)"
+        " eu abstained (too_few_sites); us abstained (too_few_sites)"
     )
     assert await operator.resume(run) == "running"
     plans = await asyncio.gather(eu.answer(), us.answer())
@@ -140,20 +140,22 @@ async def test_abstaining_regions_abandon_the_round_and_then_pause_the_run_with_
     assert (await ended(operator, run))[-1].summary.state == "finished"
 
 
-async def test_a_partial_sent_for_an_abandoned_attempt_counts_in_the_next(running, job):
-    operator = await running.operator()
-    eu, us = [await running.region(name) for name in ("eu", "us")]
-    run = await running.submit(operator, job(silence_s=0.5))
+async def test_a_partial_sent_for_an_abandoned_attempt_counts_in_the_next(three, job):
+    operator = await three.operator()
+    ap, eu, us = [await three.region(name) for name in ("ap", "eu", "us")]
+    run = await three.submit(operator, job(silence_s=0.5))
     first = await eu.answer()
-    await us.abstain((await us.plan())[1])
+    for region in (ap, us):
+        await region.abstain((await region.plan())[1])
     await eu.next("withdrawal")
     _, second = await eu.plan()
     assert (second.attempt, second.task.hash) == (2, first.task.hash)
     await eu.uplink(second, eu.partial(second))  # the same sealed bytes, addressed anew
     with pytest.raises(DigestMismatch):
-        await eu.uplink(second, eu.partial(second, [[9.0, 0.0, 0.0], [0.0, 0.0, 0.0]]))
+        await eu.uplink(second, eu.partial(second, [[7.0, 0.0, 0.0], [0.0, 0.0, 0.0]]))
     await us.next("withdrawal")
     await us.answer()
+    await ap.close()
     assert (await ended(operator, run))[-1].summary.state == "finished"
     verdict = (await eu.next("verdict")).verdict
     assert verdict.partial_digest == eu.partial(first).digest
@@ -220,13 +222,13 @@ async def test_an_older_start_of_a_region_is_refused_and_the_newer_stream_ends_i
     await new.report()
 
 
-async def test_a_leader_goes_above_the_epoch_that_a_region_has_seen(running, job):
-    operator = await running.operator()
-    eu, us = [await running.region(name) for name in ("eu", "us")]
-    await running.submit(operator, job())
+async def test_a_leader_goes_above_the_epoch_that_a_region_has_seen(three, job):
+    operator = await three.operator()
+    eu, us = [await three.region(name) for name in ("eu", "us")]
+    await three.submit(operator, job())
     offer, _ = await eu.plan()
     assert offer.leader_epoch == 1
-    ap = await running.region("ap", leader_epoch=7)
+    ap = await three.region("ap", leader_epoch=7)
     assert ap.greeting.leader_epoch == 8
     offer, _ = await eu.plan()
     assert offer.leader_epoch == 8
@@ -321,7 +323,7 @@ async def test_a_strategy_that_cannot_go_on_fails_its_run_and_no_other(running, 
 async def test_a_job_that_this_federation_cannot_run_is_refused_with_its_key(running, job):
     operator = await running.operator()
     model = await operator.upload_model(Layout.of({"w": np.zeros(3, np.float32)}), {"train": np.zeros(3, np.float32)})
-    with pytest.raises(ConfigError, match=r"round\.min_regions = 4 must be at most 3"):
+    with pytest.raises(ConfigError, match=r"round\.min_regions = 4 must be at most 2"):
         await operator.submit(job(min_regions=4), model)
     with pytest.raises(ConfigError, match=r"strategy\.name"):
         await operator.submit(job(strategy="fedavgg"), model)
@@ -367,3 +369,31 @@ async def test_roles_are_kept_apart(running):
     assert outgoing.length_bytes == 0
     with pytest.raises(NotFound):
         await operator.run("x")
+
+
+async def test_a_round_is_one_trace_over_the_controllers_spans(federation, job):
+    observe.configure("controller", federation.directory)
+    try:
+        async with federation.controller():
+            operator = await federation.operator()
+            eu, us = [await federation.region(name) for name in ("eu", "us")]
+            run = await federation.submit(operator, job())
+            offer, plan = await eu.plan()
+            with observe.remote_parent(offer.traceparent), observe.span(observe.SPAN_UPLINK):
+                await eu.uplink(plan, eu.partial(plan))
+            await us.answer()
+            await ended(operator, run)
+            await federation.close()
+    finally:
+        observe.shutdown()
+    written, _ = spans.read(federation.directory)
+    mine = [span for span in written if span.trace == offer.traceparent.split("-")[1]]
+    assert {span.name for span in mine} == {
+        observe.SPAN_ROUND,
+        observe.SPAN_PLAN,
+        observe.SPAN_UPLINK,
+        observe.SPAN_RECEIVE,
+        observe.SPAN_MERGE,
+        observe.SPAN_COMMIT,
+        observe.SPAN_ANNOUNCE,
+    }

@@ -222,7 +222,6 @@ def test_an_impostor_that_copies_the_authoritys_name_is_refused(trust: TrustStor
         ({"key": rsa.generate_private_key(65537, 2048)}, "no P-256 key"),
         ({"key": ed25519.Ed25519PrivateKey.generate()}, "no P-256 key"),
     ],
-    ids=str,
 )
 def test_a_leaf_that_the_right_authority_signed_for_something_else_is_refused(
     changes: dict[str, object], words: str, authorities: dict[str, Authority], trust: TrustStore

@@ -209,6 +209,29 @@ def test_the_default_round_is_the_last_committed_one() -> None:
         spans.pick_round(lines, "run-1", 9)
 
 
+def test_a_span_that_lost_its_parent_still_belongs_to_its_round() -> None:
+    stray = Tape("d" * 32)
+    stray.add("client.eu", SPAN_TRAIN, 0.2, 0.3, run="run-1", round=1)
+    lines = a_round(Tape()).lines + stray.lines
+    assert len(spans.pick_round(lines, "run-1", 1)) == len(lines)
+
+
+def test_a_sites_span_without_a_region_stands_in_the_one_it_uploaded_to() -> None:
+    tape = Tape()
+    top = tape.add("controller", SPAN_ROUND, 0, 2, run="r", round=1)
+    tape.add("client.a", SPAN_TRAIN, 0.1, 0.5, top, "consumer")
+    upload = tape.add("client.a", SPAN_UPLOAD, 0.5, 1.0, top, "consumer")
+    tape.add("combiner.eu.intake-1", SPAN_CHECK, 0.6, 0.7, upload, "server")
+    tape.add("client.b", SPAN_TRAIN, 0.1, 0.5, top, "consumer")
+    rows = spans.waterfall(tape.lines).rows
+    assert [(row.owner, row.name) for row in rows] == [
+        ("client", SPAN_TRAIN),
+        ("eu", SPAN_TRAIN),
+        ("eu", SPAN_UPLOAD),
+        ("eu", SPAN_CHECK),
+    ]
+
+
 def test_a_run_is_found_by_its_beginning_if_that_is_unique() -> None:
     lines = a_round(Tape("a" * 32), run="7f3a").lines + a_round(Tape("b" * 32), run="7f99").lines
     assert {line.trace for line in spans.pick_round(lines, "7f3")} == {"a" * 32}

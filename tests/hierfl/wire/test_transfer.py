@@ -13,6 +13,7 @@ from hierfl import documents
 from hierfl.errors import DigestMismatch, LayoutMismatch, TransferIncomplete, WireError
 from hierfl.types import AttemptKey, RunId, TaskKind
 from hierfl.wire import arrow, digest, transfer
+from hierfl.wire.header import MAX_HEADER_BYTES
 from hierfl.wire.transfer import Expect, Incoming, Outgoing, VectorSpec
 
 LAYOUT = "ab" * 32
@@ -296,7 +297,7 @@ def test_what_is_no_header_is_refused(name):
 
 def test_a_header_above_its_cap_is_refused_before_it_is_read():
     with pytest.raises(WireError, match="header has more than"):
-        transfer.read_header(b" " * (transfer.MAX_HEADER_BYTES + 1))
+        transfer.read_header(b" " * (MAX_HEADER_BYTES + 1))
 
 
 @pytest.mark.parametrize("trailer", [b"", b"{}", b'{"digest":1}', b'{"digest":"blake3:xy"}', b" " * 5000])

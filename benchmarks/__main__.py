@@ -1,0 +1,56 @@
+"""``python -m benchmarks`` runs every bench and prints their table; ``table`` only prints what the last runs gave."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from benchmarks import bench_fold, bench_start, harness
+
+BENCHES: Mapping[str, Callable[[int], tuple[harness.Figure, ...]]] = {
+    "start": bench_start.measure,
+    "fold": bench_fold.measure,
+}
+"""In the order of the table."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    commands = parser.add_subparsers(dest="command")
+    table = commands.add_parser("table", help="print the table that the result files make")
+    table.add_argument("--write", metavar="FILE.md", type=Path, help="put it between the file's markers instead")
+    asked = parser.parse_args()
+    return show(asked.write) if asked.command == "table" else run_all()
+
+
+def run_all() -> int:
+    """Run every bench, write the result files; 1 if a figure is above its limit."""
+    for name, measure in BENCHES.items():
+        print(f"measuring {name} ...", file=sys.stderr, flush=True)
+        harness.write_result(name, measure)
+    results = harness.read_results(harness.RESULTS, BENCHES)
+    print(harness.table(results))
+    above = [figure for result in results.values() for figure in result.figures if not figure.is_within_limit]
+    for figure in above:
+        print(f"{figure.name} took {figure.cpu_s:g} s, its limit is {figure.limit_s:g} s", file=sys.stderr)
+    return 1 if above else 0
+
+
+def show(target: Path | None) -> int:
+    """Print the table, or put it into ``target``."""
+    made = harness.table(harness.read_results(harness.RESULTS, BENCHES))
+    if target is None:
+        print(made)
+        return 0
+    try:
+        target.write_text(harness.replace_table(target.read_text(encoding="utf-8"), made), encoding="utf-8")
+    except (OSError, ValueError) as error:
+        print(f"{target}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

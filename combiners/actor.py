@@ -1,0 +1,248 @@
+"""The hosts as Ray actors: one Region, n Intakes. They carry calls over and decide nothing.
+
+Each actor runs its host on an event loop of its own, in a thread beside Ray's: an actor that Ray restarts
+begins anew in ``__init__``, an intake on its port and under a new incarnation, the Region under a new
+``region_epoch``. What dies with an actor answers as ``Unreachable``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from pathlib import Path
+from typing import Any, TypeVar
+
+import ray
+from ray.exceptions import RayActorError
+
+from combiners.desk import IntakeSettings
+from combiners.host import RegionHost, RegionSettings
+from combiners.intake import IntakeHost
+from combiners.messages import ClientView, HandOver, IntakePort, Model, Opening, Registration, Tick, TickReply
+from hierfl import observe
+from hierfl.errors import PortInUse, StoreLocked, Unreachable
+from hierfl.pki import Kit
+from hierfl.receipts import Receipt
+from hierfl.types import AttemptKey, ModelHash
+
+__all__ = ["IntakeActor", "RegionActor", "remote_intake", "remote_region"]
+
+T = TypeVar("T")
+
+RESTART_PATIENCE_S = 10.0
+"""How long a restarted actor waits for the port, or the lock, of the process that it replaces."""
+RETRY_S = 0.1
+
+
+class _Loop:
+    """An event loop in a thread of its own."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, name="host", daemon=True).start()
+
+    def wait(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run to the end, from a thread without a loop."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    async def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run to the end, from Ray's loop."""
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
+
+
+def _configure(process: str, directory: Path) -> None:
+    """Talk goes to stderr, which Ray carries to the supervisor's."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("ray").setLevel(logging.WARNING)
+    observe.configure(process, directory)
+
+
+def _restarted() -> bool:
+    return bool(ray.get_runtime_context().was_current_actor_reconstructed)
+
+
+async def _patiently(make: Callable[[], Awaitable[T]], error: type[Exception]) -> T:
+    """``make`` again while what it needs is still held by the actor that this one replaces."""
+    until_s = time.monotonic() + (RESTART_PATIENCE_S if _restarted() else 0.0)
+    while True:
+        try:
+            return await make()
+        except error:
+            if time.monotonic() > until_s:
+                raise
+            await asyncio.sleep(RETRY_S)
+
+
+# ---------------------------------------------------------------- the region
+
+
+class RegionActor:
+    """``RegionHost`` in a process of its own."""
+
+    def __init__(self, kit: Path, directory: Path, addresses: tuple[str, ...], settings: RegionSettings) -> None:
+        loaded = Kit.load(kit)
+        _configure(f"combiner.{loaded.identity.region}", directory)
+        self._loop = _Loop()
+
+        async def make() -> RegionHost:
+            host = RegionHost(loaded, directory, addresses, settings)
+            host.start()
+            return host
+
+        self._host = self._loop.wait(_patiently(make, StoreLocked))
+
+    async def register(self, name: str, address: str, intake: Any) -> Registration:
+        return await self._loop.run(self._host.register(name, address, _IntakeOverRay(intake)))
+
+    async def tick(self, incarnation: str, tick: Tick) -> TickReply:
+        return await self._loop.run(self._host.tick(incarnation, tick))
+
+    async def model(self, model_hash: ModelHash) -> Model | None:
+        return await self._loop.run(self._host.model(model_hash))
+
+    async def clients(self) -> tuple[ClientView, ...]:
+        return await self._loop.run(self._host.clients())
+
+    async def failed(self) -> None:
+        """Waits; raises what the region cannot go on after."""
+
+        async def wait() -> None:
+            await asyncio.shield(self._host.failed)
+
+        await self._loop.run(wait())
+
+    async def drain(self, timeout_s: float) -> None:
+        await self._loop.run(self._host.drain(timeout_s))
+
+    async def stop(self) -> None:
+        await self._loop.run(self._host.stop())
+        observe.shutdown()
+
+
+class _IntakeOverRay:
+    """``IntakePort`` of an intake actor, for the Region."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    async def open(self, opening: Opening) -> None:
+        await _answer(self._handle.open.remote(opening))
+
+    async def freeze(self, key: AttemptKey, seal_id: str) -> HandOver:
+        hand_over: HandOver = await _answer(self._handle.freeze.remote(key, seal_id))
+        return hand_over
+
+    async def resume(self, key: AttemptKey, seal_id: str) -> None:
+        await _answer(self._handle.resume.remote(key, seal_id))
+
+    async def close(self, key: AttemptKey, reason: str) -> None:
+        await _answer(self._handle.close.remote(key, reason))
+
+    async def deliver(self, receipts: tuple[Receipt, ...]) -> None:
+        await _answer(self._handle.deliver.remote(receipts))
+
+
+# ---------------------------------------------------------------- an intake
+
+
+class IntakeActor:
+    """``IntakeHost`` in a process of its own, serving on its port from ``__init__`` on."""
+
+    def __init__(
+        self, name: str, kit: Path, directory: Path, listen: str, region: Any, settings: IntakeSettings
+    ) -> None:
+        loaded = Kit.load(kit)
+        _configure(f"combiner.{loaded.identity.region}.{name}", directory)
+        self._loop = _Loop()
+        port = _RegionOverRay(region, ray.get_runtime_context().current_actor)
+
+        async def make() -> IntakeHost:
+            host = IntakeHost(name, loaded, port, settings)
+            try:
+                await host.start(listen)
+            except PortInUse:
+                await host.stop(0)
+                raise
+            host.failed.add_done_callback(_end_process)
+            return host
+
+        self._host = self._loop.wait(_patiently(make, PortInUse))
+
+    async def address(self) -> str:
+        return self._host.address
+
+    async def open(self, opening: Opening) -> None:
+        await self._loop.run(self._host.open(opening))
+
+    async def freeze(self, key: AttemptKey, seal_id: str) -> HandOver:
+        return await self._loop.run(self._host.freeze(key, seal_id))
+
+    async def resume(self, key: AttemptKey, seal_id: str) -> None:
+        await self._loop.run(self._host.resume(key, seal_id))
+
+    async def close(self, key: AttemptKey, reason: str) -> None:
+        await self._loop.run(self._host.close(key, reason))
+
+    async def deliver(self, receipts: tuple[Receipt, ...]) -> None:
+        await self._loop.run(self._host.deliver(receipts))
+
+    async def stop_admitting(self) -> None:
+        await self._loop.run(self._host.stop_admitting())
+
+    async def stop(self) -> None:
+        await self._loop.run(self._host.stop())
+        observe.shutdown()
+
+
+class _RegionOverRay:
+    """``RegionPort`` of the region actor, for an intake."""
+
+    def __init__(self, handle: Any, own_handle: Any) -> None:
+        self._handle, self._own_handle = handle, own_handle
+
+    async def register(self, name: str, address: str, port: IntakePort) -> Registration:
+        del port  # the Region calls this actor by its handle
+        registration: Registration = await _answer(self._handle.register.remote(name, address, self._own_handle))
+        return registration
+
+    async def tick(self, incarnation: str, tick: Tick) -> TickReply:
+        reply: TickReply = await _answer(self._handle.tick.remote(incarnation, tick))
+        return reply
+
+    async def model(self, model_hash: ModelHash) -> Model | None:
+        model: Model | None = await _answer(self._handle.model.remote(model_hash))
+        return model
+
+    async def clients(self) -> tuple[ClientView, ...]:
+        clients: tuple[ClientView, ...] = await _answer(self._handle.clients.remote())
+        return clients
+
+
+async def _answer(reference: Any) -> Any:
+    """What an actor answers; one that is gone, or on its way back, is unreachable."""
+    try:
+        return await reference
+    except RayActorError as error:
+        raise Unreachable(f"an actor of this region is gone or restarting ({type(error).__name__})") from None
+
+
+def _end_process(failed: asyncio.Future[None]) -> None:
+    """An intake that cannot go on ends its process: Ray starts it anew, under a new incarnation."""
+    if not failed.cancelled() and failed.exception() is not None:
+        logging.getLogger(__name__).error("the intake starts anew: %s", failed.exception(), exc_info=failed.exception())
+        os._exit(1)
+
+
+def remote_region(**options: Any) -> Any:
+    """The actor class of the Region, to be made with ``.remote(...)``."""
+    return ray.remote(RegionActor).options(num_cpus=0, max_restarts=-1, max_task_retries=0, **options)
+
+
+def remote_intake(**options: Any) -> Any:
+    """The actor class of an intake."""
+    return ray.remote(IntakeActor).options(num_cpus=0, max_restarts=-1, max_task_retries=0, **options)

@@ -1,0 +1,163 @@
+"""``hierfl combiner serve``: one region's combiner as a process.
+
+Prints one JSON line when it serves; drains on SIGTERM and Ctrl-C; all else that it has to say goes to stderr.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+import click
+
+if TYPE_CHECKING:
+    from combiners.supervisor import Combiner, CombinerSettings
+
+__all__ = ["serve"]
+
+
+@click.command()
+@click.option("--kit", required=True, envvar="HIERFL_KIT", type=click.Path(path_type=Path), help="The combiner's kit.")
+@click.option(
+    "--dir",
+    "directory",
+    required=True,
+    envvar="HIERFL_DIR",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Where the zone store is kept; made if it is not there.",
+)
+@click.option(
+    "--controller",
+    "controllers",
+    multiple=True,
+    envvar="HIERFL_CONTROLLER",
+    metavar="HOST:PORT",
+    help="The controller; may be repeated. Default: as the kit says.",
+)
+@click.option(
+    "--listen",
+    multiple=True,
+    default=("127.0.0.1:0",),
+    show_default="127.0.0.1:0",
+    envvar="HIERFL_LISTEN",
+    metavar="HOST:PORT",
+    help="Address for clients; port 0: any free one. Repeat it to give each intake its own.",
+)
+@click.option("--intakes", default=1, show_default=True, envvar="HIERFL_INTAKES", help="Servers for clients.")
+@click.option("--k", default=3, show_default=True, envvar="HIERFL_K", help="Fewest sites in a sum that leaves.")
+@click.option(
+    "--max-share",
+    default=0.8,
+    show_default=True,
+    envvar="HIERFL_MAX_SHARE",
+    help="Largest part of a sum's weight that one site may carry.",
+)
+@click.option(
+    "--ray-address",
+    default="",
+    envvar="HIERFL_RAY_ADDRESS",
+    metavar="ADDRESS",
+    help="A Ray cluster of this region to join. Default: a local one of its own.",
+)
+@click.option(
+    "--ready-file",
+    envvar="HIERFL_READY_FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Written when it serves, with what is printed.",
+)
+def serve(
+    kit: Path,
+    directory: Path,
+    controllers: tuple[str, ...],
+    listen: tuple[str, ...],
+    intakes: int,
+    k: int,
+    max_share: float,
+    ray_address: str,
+    ready_file: Path | None,
+) -> None:
+    """Serve as the combiner of the kit's region, until SIGTERM or Ctrl-C.
+
+    Stopped, it takes no more updates, seals what is enough, hands back the rest and leaves nothing behind.
+    Started again on the same --dir it goes on where it was. One JSON line on stdout says where it listens.
+
+    \b
+    Examples:
+      hierfl combiner serve --kit kits/regions/eu/combiner --dir /var/lib/hierfl
+      hierfl combiner serve --kit KIT --dir DIR --intakes 2 --listen 0.0.0.0:4433 --listen 0.0.0.0:4434
+      hierfl combiner serve --kit KIT --dir DIR --ray-address auto --listen 0.0.0.0:4433
+    """
+    from combiners.host import RegionSettings
+    from combiners.supervisor import CombinerSettings
+    from hierfl.residency import ZonePolicy
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    settings = CombinerSettings(
+        kit=kit,
+        directory=directory,
+        controllers=controllers,
+        listen=listen,
+        intakes=intakes,
+        ray_address=ray_address,
+        region=RegionSettings(policy=ZonePolicy(k=k, max_share=max_share)),
+    )
+    asyncio.run(_serve(settings, ready_file))
+
+
+async def _serve(settings: CombinerSettings, ready_file: Path | None) -> None:
+    from combiners.supervisor import run_combiner
+    from hierfl.pki import Kit
+
+    region = Kit.load(settings.kit).identity.region
+    click.echo(f"starting the combiner of {region}: its Ray, its Region and {settings.intakes} intake(s)", err=True)
+    stopped = asyncio.Event()
+
+    def catch_signals() -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+
+    catch_signals()
+    stdout = sys.stdout
+    try:
+        async with run_combiner(settings, catch_signals) as combiner:
+            _say_ready(region, combiner.addresses, ready_file, stdout)
+            await _until_stopped(combiner, stopped)
+            click.echo("stopping: no more updates; sealing what is enough, handing back the rest", err=True)
+    finally:
+        if ready_file is not None:
+            ready_file.unlink(missing_ok=True)
+
+
+async def _until_stopped(combiner: Combiner, stopped: asyncio.Event) -> None:
+    """Wait for a signal; raise what ends the combiner before one comes."""
+    waiters = [asyncio.ensure_future(combiner.failed()), asyncio.ensure_future(stopped.wait())]
+    try:
+        done, _ = await asyncio.wait(waiters, return_when=asyncio.FIRST_COMPLETED)
+        for waiter in done:
+            waiter.result()
+    finally:
+        for waiter in waiters:
+            waiter.cancel()
+
+
+def _say_ready(region: str, addresses: tuple[str, ...], ready_file: Path | None, stdout: TextIO) -> None:
+    document = {
+        "schema": "hierfl.ready/1",
+        "role": "combiner",
+        "region": region,
+        "addresses": addresses,
+        "pid": os.getpid(),
+    }
+    line = json.dumps(document, separators=(",", ":"), sort_keys=True)
+    if ready_file is not None:
+        ready_file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = ready_file.with_name(ready_file.name + ".part")
+        temporary.write_text(line + "\n")
+        temporary.replace(ready_file)
+    print(line, file=stdout, flush=True)

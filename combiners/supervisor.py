@@ -1,0 +1,285 @@
+"""One combiner as a process: starts (or joins) the region's Ray, its Region and Intakes; drains; leaves nothing.
+
+Everything of the region's own Ray listens on loopback, with a token of its own; nothing spills to disk. A
+cluster that is joined keeps its own settings and its own life: only the actors made here end with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import shutil
+import socket
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from combiners.desk import IntakeSettings
+from combiners.host import RegionSettings
+from combiners.leftovers import adopt_orphans, clean_up, clean_up_predecessor, make_temporary
+from hierfl.config import Address
+from hierfl.errors import ConfigError, HierFLError, PortInUse, Unreachable
+from hierfl.pki import Kit
+
+__all__ = ["Combiner", "CombinerSettings", "run_combiner"]
+
+logger = logging.getLogger(__name__)
+
+DRAIN_S = 10.0
+PORT_TRIES = 5
+MEMORY_SHARE = 0.3
+LEAST_MEMORY, MOST_MEMORY = 100 * 2**20, 2**30
+"""Of Ray's object store, in bytes: it carries models and hand-overs, and is touched only as far as used."""
+
+_OWN_RAY = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # what keeps every socket on loopback
+    "RAY_AUTH_MODE": "token",
+    "RAY_worker_niceness": "0",  # else the actors lose to clients on the same cores
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "MALLOC_ARENA_MAX": "2",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CombinerSettings:
+    """What ``combiner serve`` is told."""
+
+    kit: Path
+    directory: Path
+    controllers: tuple[str, ...] = ()
+    """Addresses of the controller; empty: the kit's."""
+    listen: tuple[str, ...] = ("127.0.0.1:0",)
+    """One for each intake; a single one with port 0 is for all."""
+    intakes: int = 1
+    ray_address: str = ""
+    """Of a cluster to join; empty: a local one of its own."""
+    region: RegionSettings = field(default_factory=RegionSettings)
+    intake: IntakeSettings = field(default_factory=IntakeSettings)
+
+    def __post_init__(self) -> None:
+        if self.intakes < 1:
+            raise ConfigError("--intakes", self.intakes, "must be at least 1")
+        for one in (*self.listen, *self.controllers):
+            self._port(one)
+        if len(self.listen) not in (1, self.intakes):
+            raise ConfigError(
+                "--listen", ", ".join(self.listen), f"must be given once, or once for each of {self.intakes} intakes"
+            )
+        if len(self.listen) < self.intakes and self._port(self.listen[0]):
+            raise ConfigError(
+                "--listen", self.listen[0], "is one fixed port for several intakes; give each its own, or port 0"
+            )
+
+    @staticmethod
+    def _port(address: str) -> int:
+        try:
+            return Address.parse(address)[1]
+        except ValueError as error:
+            raise ConfigError("address", address, str(error)) from None
+
+    def listen_of(self, number: int) -> str:
+        """Where intake ``number`` listens."""
+        return self.listen[number if len(self.listen) > 1 else 0]
+
+
+class Combiner:
+    """The running actors of one region."""
+
+    def __init__(self, region: Any, intakes: list[Any], addresses: tuple[str, ...]) -> None:
+        self.region, self.intakes, self.addresses = region, intakes, addresses
+
+    async def failed(self) -> None:
+        """Waits; raises what the region cannot go on after. A Region that Ray restarts is waited for again."""
+        from ray.exceptions import ActorUnavailableError
+
+        while True:
+            try:
+                await self.region.failed.remote()
+            except ActorUnavailableError:
+                logger.warning("the region's actor is being restarted")
+                await asyncio.sleep(1.0)
+
+    async def drain(self) -> None:
+        """Stop admitting, seal or hand back, leave."""
+        await _quietly(*(intake.stop_admitting.remote() for intake in self.intakes))
+        await _quietly(self.region.drain.remote(DRAIN_S))
+        await _quietly(*(intake.stop.remote() for intake in self.intakes))
+        await _quietly(self.region.stop.remote())
+
+
+async def _quietly(*references: Any) -> None:
+    """Wait for calls whose actors may be gone already."""
+    for answer in await asyncio.gather(*references, return_exceptions=True):
+        if isinstance(answer, BaseException):
+            logger.debug("while stopping: %s", answer)
+
+
+@asynccontextmanager
+async def run_combiner(
+    settings: CombinerSettings, on_ray: Callable[[], None] = lambda: None
+) -> AsyncIterator[Combiner]:
+    """Start a combiner; at the end it is drained, and nothing of it is left.
+
+    Args:
+        settings: See there.
+        on_ray: Called once Ray runs: it has put signal handlers of its own in place.
+    Raises:
+        ConfigError: The kit is none, or names no controller, and so on.
+        StoreLocked, StoreTooNew, DiskFull: The zone store cannot be had.
+        PortInUse: Another program listens on a port asked for.
+        Unreachable: The cluster to join does not answer.
+    """
+    kit = Kit.load(settings.kit)
+    controllers = settings.controllers or kit.addresses
+    if not controllers:
+        raise ConfigError("--controller", None, "is needed: the kit names no controller either")
+    settings.directory.mkdir(parents=True, exist_ok=True)
+    with _ray(settings):
+        on_ray()
+        combiner = await _start(settings, controllers)
+        try:
+            yield combiner
+        finally:
+            await combiner.drain()
+
+
+@contextlib.contextmanager
+def _ray(settings: CombinerSettings) -> Any:
+    """The cluster, for as long as the block lasts; in it stdout is stderr, since Ray prints where it likes."""
+    stdout = sys.stdout
+    sys.stdout = sys.stderr
+    start = _joined if settings.ray_address else _own
+    try:
+        with start(settings):
+            yield
+    finally:
+        sys.stdout = stdout
+
+
+@contextlib.contextmanager
+def _joined(settings: CombinerSettings) -> Any:
+    import ray
+
+    try:
+        ray.init(address=settings.ray_address, logging_level=logging.WARNING)
+    except ConnectionError as error:
+        raise Unreachable(
+            f"the Ray cluster at {settings.ray_address} does not answer: {error}; check --ray-address"
+        ) from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def _own(settings: CombinerSettings) -> Any:
+    note = settings.directory / "ray.json"
+    clean_up_predecessor(note)
+    adopt_orphans()
+    folder = make_temporary(note)
+    os.environ.update(_OWN_RAY, RAY_AUTH_TOKEN=secrets.token_hex(32), RAY_TMPDIR=str(folder))
+    try:
+        import ray
+
+        ray.init(
+            address="local",
+            _node_ip_address="127.0.0.1",
+            _temp_dir=str(folder),
+            include_dashboard=False,
+            num_cpus=1,
+            object_store_memory=_object_store_bytes(),
+            _system_config={"automatic_object_spilling_enabled": False},
+            logging_level=logging.WARNING,
+        )
+        try:
+            yield
+        finally:
+            ray.shutdown()
+    finally:
+        clean_up(folder, note)
+
+
+def _object_store_bytes() -> int:
+    """A part of what shared memory has left, within bounds."""
+    try:
+        free = shutil.disk_usage("/dev/shm").free  # noqa: S108 - Ray's object store lives there
+    except OSError:
+        free = 0
+    return max(LEAST_MEMORY, min(MOST_MEMORY, int(MEMORY_SHARE * free)))
+
+
+async def _start(settings: CombinerSettings, controllers: tuple[str, ...]) -> Combiner:
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    from combiners.actor import remote_intake, remote_region
+
+    here = NodeAffinitySchedulingStrategy(node_id=ray.get_runtime_context().get_node_id(), soft=False)
+    directory, kit = settings.directory.resolve(), settings.kit.resolve()
+    region = remote_region(scheduling_strategy=here).remote(kit, directory, controllers, settings.region)
+    try:
+        await _made(region)
+        numbers = range(settings.intakes)
+        started = await asyncio.gather(
+            *(_start_intake(remote_intake, settings, number, kit, directory, region) for number in numbers)
+        )
+    except BaseException:
+        ray.kill(region)
+        raise
+    return Combiner(region, [handle for handle, _ in started], tuple(address for _, address in started))
+
+
+async def _start_intake(
+    remote_intake: Any, settings: CombinerSettings, number: int, kit: Path, directory: Path, region: Any
+) -> tuple[Any, str]:
+    """An intake on a port that it keeps when it is restarted: port 0 is chosen here, once."""
+    host, port = Address.parse(settings.listen_of(number))
+    for attempt in range(PORT_TRIES):
+        chosen = f"{host}:{port or _free_port(host)}"
+        handle = remote_intake().remote(f"intake-{number}", kit, directory, chosen, region, settings.intake)
+        try:
+            await _made(handle)
+        except PortInUse:
+            if port or attempt == PORT_TRIES - 1:
+                raise
+        else:
+            return handle, chosen
+    raise AssertionError("the last try returns or raises")
+
+
+async def _made(handle: Any) -> None:
+    """Wait until an actor is made; the error of its ``__init__`` is raised as itself."""
+    from ray.exceptions import ActorDiedError, RayTaskError
+
+    try:
+        await handle.__ray_ready__.remote()
+    except RayTaskError as error:
+        raise _cause(error) from None
+    except ActorDiedError as error:
+        cause = _cause(error)
+        raise cause from None
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The error of ours inside one of Ray's."""
+    inner: BaseException | None = error
+    while inner is not None:
+        if isinstance(inner, HierFLError):
+            return inner
+        inner = getattr(inner, "cause", None) or inner.__cause__
+    return error
+
+
+def _free_port(host: str) -> int:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.bind((host.strip("[]"), 0))
+        return int(probe.getsockname()[1])

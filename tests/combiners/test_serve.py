@@ -1,0 +1,134 @@
+"""``hierfl combiner serve`` as a process with its own Ray, against real clients and a controller on this loop."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+
+
+class Served:
+    """The process, its ready document and all that it ever started."""
+
+    def __init__(self, process: asyncio.subprocess.Process, ready: dict[str, Any]) -> None:
+        self.process, self.ready = process, ready
+        self.tree = psutil.Process(process.pid).children(recursive=True)
+        self.folder = json.loads(Path(ready["note"]).read_text())["folder"]
+
+    @property
+    def addresses(self) -> list[str]:
+        return self.ready["addresses"]
+
+    async def stop(self, number: int = signal.SIGTERM) -> int:
+        self.tree = psutil.Process(self.process.pid).children(recursive=True)
+        self.process.send_signal(number)
+        return await self.process.wait()
+
+    def actor(self, name: str) -> psutil.Process:
+        return next(
+            child for child in psutil.Process(self.process.pid).children(recursive=True) if name in title(child)
+        )
+
+
+def title(process: psutil.Process) -> str:
+    return " ".join(process.cmdline())
+
+
+@pytest.fixture
+def serve(combiner_kit, controller, tmp_path) -> Callable[..., Any]:
+    @asynccontextmanager
+    async def run(*more: str) -> AsyncIterator[Served]:
+        directory = tmp_path / "zone"
+        command = ["combiner", "serve", "--kit", str(combiner_kit.path), "--dir", str(directory)]
+        rules = ["--controller", controller.address, "--k", "2", "--max-share", "1", "--intakes", "2"]
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "hierfl", *command, *rules, *more), stdout=asyncio.subprocess.PIPE
+        )
+        try:
+            assert process.stdout is not None
+            line = await process.stdout.readline()
+            yield Served(process, json.loads(line) | {"note": directory / "ray.json"})
+        finally:
+            if process.returncode is None:
+                process.terminate()
+                await process.wait()
+
+    return run
+
+
+def nothing_is_left(served: Served) -> None:
+    psutil.wait_procs(served.tree, timeout=5)
+    assert [process for process in served.tree if process.is_running()] == []
+    assert not Path(served.folder).exists()
+    assert not Path(served.ready["note"]).exists()
+
+
+async def test_a_round_through_ray_is_counted_and_a_drain_leaves_nothing(
+    serve, controller, client_kits, connect, plan, toy_model
+):
+    async with serve() as served:
+        listening = {
+            connection.laddr.ip
+            for process in [psutil.Process(served.process.pid), *served.tree]
+            for connection in process.net_connections("inet")
+            if connection.status == psutil.CONN_LISTEN
+        }
+        assert listening <= {"127.0.0.1", "::1"}
+        assert len(served.addresses) == 2
+        clients = [await connect(kit, served.addresses[n % 2]) for n, kit in enumerate(client_kits[:3])]
+        await controller.offer(plan)
+        await asyncio.gather(*(client.offer() for client in clients))
+        await asyncio.gather(*(client.hand_in(plan) for client in clients))
+        _, head, partial, digest = await controller.partials.get()
+        assert (head.num_sites, head.weight) == (3, 3)
+        assert set(partial.sums["train"]) == {3 * 2**32}
+        controller.commit(plan, digest, toy_model(1.0))
+        for client in clients:
+            while (await client.event("receipt")).state != 4:
+                pass
+        assert await served.stop() == 0
+    nothing_is_left(served)
+
+
+async def test_killed_actors_come_back_and_their_clients_are_asked_again(serve, controller, client_kits, connect, plan):
+    async with serve() as served:
+        clients = [await connect(kit, served.addresses[0]) for kit in client_kits[:3]]
+        await controller.offer(plan)
+        await asyncio.gather(*(client.offer() for client in clients))
+        await asyncio.gather(*(client.hand_in(plan) for client in clients[:2]))
+        served.actor("RegionActor").kill()
+        await asyncio.gather(*(client.ended.wait() for client in clients))
+        again = [await connect(kit, served.addresses[0]) for kit in client_kits[:3]]
+        await asyncio.gather(*(client.offer() for client in again))
+        await again[0].hand_in(plan)
+        served.actor("IntakeActor").kill()
+        os.sched_yield()
+        third = [await connect(kit, served.addresses[1]) for kit in client_kits[:3]]
+        await asyncio.gather(*(client.offer() for client in third))
+        await asyncio.gather(*(client.hand_in(plan) for client in third))
+        _, head, _, _ = await controller.partials.get()
+        assert (head.num_updates, head.region_epoch) == (3, 2)
+
+
+async def test_after_kill_minus_9_the_next_start_cleans_up_and_goes_on(serve, controller):
+    async with serve() as served:
+        await controller.attached()
+        await served.stop(signal.SIGKILL)
+    async with serve() as again:
+        assert again.folder != served.folder
+        assert not Path(served.folder).exists()
+        assert [process for process in served.tree if process.is_running()] == []
+        assert controller.attachments[-1].region_epoch == 2
+        assert await again.stop(signal.SIGINT) in (0, 130)
+    nothing_is_left(again)
