@@ -13,6 +13,7 @@ import os
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
@@ -63,7 +64,9 @@ def _configure(process: str, directory: Path) -> None:
 
 
 def _restarted() -> bool:
-    return bool(ray.get_runtime_context().was_current_actor_reconstructed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Ray's own, inside
+        return bool(ray.get_runtime_context().was_current_actor_reconstructed)
 
 
 async def _patiently(make: Callable[[], Awaitable[T]], error: type[Exception]) -> T:
@@ -154,12 +157,13 @@ class IntakeActor:
     """``IntakeHost`` in a process of its own, serving on its port from ``__init__`` on."""
 
     def __init__(
-        self, name: str, kit: Path, directory: Path, listen: str, region: Any, settings: IntakeSettings
+        self, name: str, kit: Path, directory: Path, listen: str, region: str, settings: IntakeSettings
     ) -> None:
+        """``region``: name of the Region's actor; a handle among the arguments would not outlive a restart."""
         loaded = Kit.load(kit)
         _configure(f"combiner.{loaded.identity.region}.{name}", directory)
         self._loop = _Loop()
-        port = _RegionOverRay(region, ray.get_runtime_context().current_actor)
+        port = _RegionOverRay(ray.get_actor(region), ray.get_runtime_context().current_actor)
 
         async def make() -> IntakeHost:
             host = IntakeHost(name, loaded, port, settings)

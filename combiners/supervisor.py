@@ -24,13 +24,16 @@ from combiners.desk import IntakeSettings
 from combiners.host import RegionSettings
 from combiners.leftovers import adopt_orphans, clean_up, clean_up_predecessor, make_temporary
 from hierfl.config import Address
-from hierfl.errors import ConfigError, HierFLError, PortInUse, Unreachable
+from hierfl.errors import ConfigError, HierFLError, PortInUse, StoreLocked, Unreachable
 from hierfl.pki import Kit
 
 __all__ = ["Combiner", "CombinerSettings", "run_combiner"]
 
 logger = logging.getLogger(__name__)
 
+NAMESPACE = "hierfl"
+REGION = "region"
+"""Name of the Region's actor, in the region's namespace: there is one."""
 DRAIN_S = 10.0
 PORT_TRIES = 5
 MEMORY_SHARE = 0.3
@@ -44,6 +47,7 @@ _OWN_RAY = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "0",
+    "RAY_COLOR_PREFIX": "0",
     "MALLOC_ARENA_MAX": "2",
 }
 
@@ -142,7 +146,7 @@ async def run_combiner(
     if not controllers:
         raise ConfigError("--controller", None, "is needed: the kit names no controller either")
     settings.directory.mkdir(parents=True, exist_ok=True)
-    with _ray(settings):
+    with _ray(settings, f"{NAMESPACE}.{kit.identity.federation}.{kit.identity.region}"):
         on_ray()
         combiner = await _start(settings, controllers)
         try:
@@ -152,24 +156,24 @@ async def run_combiner(
 
 
 @contextlib.contextmanager
-def _ray(settings: CombinerSettings) -> Any:
+def _ray(settings: CombinerSettings, namespace: str) -> Any:
     """The cluster, for as long as the block lasts; in it stdout is stderr, since Ray prints where it likes."""
     stdout = sys.stdout
     sys.stdout = sys.stderr
     start = _joined if settings.ray_address else _own
     try:
-        with start(settings):
+        with start(settings, namespace):
             yield
     finally:
         sys.stdout = stdout
 
 
 @contextlib.contextmanager
-def _joined(settings: CombinerSettings) -> Any:
+def _joined(settings: CombinerSettings, namespace: str) -> Any:
     import ray
 
     try:
-        ray.init(address=settings.ray_address, logging_level=logging.WARNING)
+        ray.init(address=settings.ray_address, namespace=namespace, logging_level=logging.WARNING)
     except ConnectionError as error:
         raise Unreachable(
             f"the Ray cluster at {settings.ray_address} does not answer: {error}; check --ray-address"
@@ -181,7 +185,7 @@ def _joined(settings: CombinerSettings) -> Any:
 
 
 @contextlib.contextmanager
-def _own(settings: CombinerSettings) -> Any:
+def _own(settings: CombinerSettings, namespace: str) -> Any:
     note = settings.directory / "ray.json"
     clean_up_predecessor(note)
     adopt_orphans()
@@ -192,6 +196,7 @@ def _own(settings: CombinerSettings) -> Any:
 
         ray.init(
             address="local",
+            namespace=namespace,
             _node_ip_address="127.0.0.1",
             _temp_dir=str(folder),
             include_dashboard=False,
@@ -225,12 +230,19 @@ async def _start(settings: CombinerSettings, controllers: tuple[str, ...]) -> Co
 
     here = NodeAffinitySchedulingStrategy(node_id=ray.get_runtime_context().get_node_id(), soft=False)
     directory, kit = settings.directory.resolve(), settings.kit.resolve()
-    region = remote_region(scheduling_strategy=here).remote(kit, directory, controllers, settings.region)
+    try:
+        region = remote_region(name=REGION, scheduling_strategy=here).remote(
+            kit, directory, controllers, settings.region
+        )
+    except ValueError:
+        raise StoreLocked(
+            f"a combiner of this region runs in the Ray cluster at {settings.ray_address} already"
+        ) from None
     try:
         await _made(region)
         numbers = range(settings.intakes)
         started = await asyncio.gather(
-            *(_start_intake(remote_intake, settings, number, kit, directory, region) for number in numbers)
+            *(_start_intake(remote_intake, settings, number, kit, directory) for number in numbers)
         )
     except BaseException:
         ray.kill(region)
@@ -239,13 +251,13 @@ async def _start(settings: CombinerSettings, controllers: tuple[str, ...]) -> Co
 
 
 async def _start_intake(
-    remote_intake: Any, settings: CombinerSettings, number: int, kit: Path, directory: Path, region: Any
+    remote_intake: Any, settings: CombinerSettings, number: int, kit: Path, directory: Path
 ) -> tuple[Any, str]:
     """An intake on a port that it keeps when it is restarted: port 0 is chosen here, once."""
     host, port = Address.parse(settings.listen_of(number))
     for attempt in range(PORT_TRIES):
         chosen = f"{host}:{port or _free_port(host)}"
-        handle = remote_intake().remote(f"intake-{number}", kit, directory, chosen, region, settings.intake)
+        handle = remote_intake().remote(f"intake-{number}", kit, directory, chosen, REGION, settings.intake)
         try:
             await _made(handle)
         except PortInUse:

@@ -6,13 +6,12 @@ checked against its name whenever it is read. All controllers of a federation sh
     models/HASH      64 bytes: the layout's hash in hex; then the vectors, little-endian float32, in its order
     layouts/HASH     the layout's canonical bytes
     states/SHA256    safetensors
-    partials/SHA256  the vectors, little-endian int64, in the plan's order
+    partials/BLAKE3  the vectors, little-endian int64, in the plan's order
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
@@ -25,6 +24,7 @@ import numpy as np
 from hierfl.errors import DiskFull, NotFound, StorageError, StoreDamaged, WireError
 from hierfl.layout import Layout, model_hash
 from hierfl.types import Float32Array, Int64Array, ModelHash
+from hierfl.wire import digest as digests
 
 __all__ = ["Blobs", "durable_directory", "storage_errors", "sync_directory"]
 
@@ -67,7 +67,7 @@ class Blobs:
         with storage_errors(self._directory), self._path("models", name).open("rb") as file:
             layout_hash = file.read(LAYOUT_HASH_BYTES).decode("ascii", "replace")
         try:
-            layout = Layout.from_bytes(self._read("layouts", layout_hash, layout_hash))
+            layout = Layout.from_bytes(self._read("layouts", f"sha256:{layout_hash}"))
         except WireError as error:
             raise StoreDamaged(f"layout {layout_hash} is damaged: {error}; restore {self._directory}") from None
         return layout
@@ -105,13 +105,13 @@ class Blobs:
             return {}
         from safetensors.numpy import load
 
-        return dict(load(self._read("states", digest.removeprefix("sha256:"))))
+        return dict(load(self._read("states", digest)))
 
     # -------------------------------------------------------------- partial aggregates
 
     def put_partial(self, chunks: Iterable[np.ndarray]) -> str:
-        """Store the values of a partial, chunk after chunk in the plan's order; returns ``sha256:hex``."""
-        return self._write("partials", (np.ascontiguousarray(chunk, dtype="<i8") for chunk in chunks))
+        """Store the values of a partial, chunk after chunk in the plan's order; returns ``blake3:hex``."""
+        return self._write("partials", (np.ascontiguousarray(chunk, dtype="<i8") for chunk in chunks), alg="blake3")
 
     def partial(self, digest: str, sizes: Mapping[str, int]) -> dict[str, Int64Array]:
         """The vectors of a partial, cut to ``sizes`` in their order.
@@ -119,7 +119,7 @@ class Blobs:
         Raises:
             StoreDamaged: The file is not there, has another digest, or another length.
         """
-        values = np.frombuffer(self._read("partials", digest.removeprefix("sha256:")), "<i8")
+        values = np.frombuffer(self._read("partials", digest), "<i8")
         if values.size != sum(sizes.values()):
             raise StoreDamaged(f"partial {digest} has {values.size} values, not {sum(sizes.values())}")
         ends = np.cumsum(list(sizes.values()))
@@ -130,15 +130,16 @@ class Blobs:
     def _path(self, kind: str, name: str) -> Path:
         return self._directory / kind / name
 
-    def _write(self, kind: str, parts: Iterable[Any], name: str = "") -> str:
-        """Write durably under ``name``, or the content's SHA-256 if none is given; returns ``sha256:hex``."""
+    def _write(self, kind: str, parts: Iterable[Any], name: str = "", alg: str = "sha256") -> str:
+        """Write durably under ``name``, or the hex of the content's digest if none is given; returns the digest."""
         temporary = self._path(kind, f".part-{uuid.uuid4().hex}")
-        state = hashlib.sha256()
+        state = digests.new(alg)
         with storage_errors(self._directory):
             try:
                 with temporary.open("xb") as file:
                     for part in parts:
-                        state.update(part)
+                        if not name:
+                            state.update(memoryview(part).cast("B"))
                         file.write(part)
                     file.flush()
                     os.fsync(file.fileno())
@@ -146,16 +147,19 @@ class Blobs:
                 sync_directory(self._directory / kind)
             finally:
                 temporary.unlink(missing_ok=True)
-        return f"sha256:{state.hexdigest()}"
+        return f"{alg}:{state.hexdigest()}"
 
-    def _read(self, kind: str, name: str, digest: str = "") -> bytes:
-        """A whole file, checked against ``digest`` (its name unless given)."""
+    def _read(self, kind: str, digest: str) -> bytes:
+        """A whole file, checked against the digest that names it."""
+        alg, _, name = digest.partition(":")
         with storage_errors(self._directory):
             try:
                 data = self._path(kind, name).read_bytes()
             except FileNotFoundError:
                 raise StoreDamaged(f"{kind}/{name} is missing in {self._directory}; restore it") from None
-        if hashlib.sha256(data).hexdigest() != (digest or name):
+        state = digests.new(alg)
+        state.update(data)
+        if state.hexdigest() != name:
             raise StoreDamaged(f"{kind}/{name} in {self._directory} is damaged; restore it from a backup")
         return data
 

@@ -15,7 +15,7 @@ from controller.leader import Leader
 from controller.merge import check_partial, partial_sizes
 from controller.rows import AnswerRow, AttemptRow
 from hierfl import documents
-from hierfl.errors import RegionRejected, RoundClosed, WireError
+from hierfl.errors import HierFLError, RegionRejected, RoundClosed, WireError
 from hierfl.receipts import Reason
 from hierfl.records import PartialHead
 from hierfl.types import AttemptKey, RegionId
@@ -43,7 +43,10 @@ async def receive_partial(leader: Leader, region: RegionId, frames: AsyncIterabl
     row = leader.attempt(key) if earlier else leader.collecting(key, region).row
     assert row is not None, "what was answered was offered"
     incoming = Incoming(_expect(leader, row, earlier.digest if earlier else None))
-    incoming.feed(first)
+    try:
+        incoming.feed(first)
+    except WireError as error:
+        raise (_refusal(leader, key, region, error) if earlier is None else error) from None
     await rpc.frames_of(stream, incoming)
     if earlier is not None:
         return earlier
@@ -72,8 +75,7 @@ async def _take(leader: Leader, open_: Collection, region: RegionId, incoming: I
     try:
         head = await asyncio.to_thread(_checked, open_, region, incoming)
     except (WireError, RegionRejected) as error:
-        take_abstention(leader, open_.row.key, region, Reason.INVALID)
-        raise RegionRejected(f"the partial aggregate of {region} for {open_.row.key} is refused: {error}") from None
+        raise _refusal(leader, open_.row.key, region, error) from None
     chunks = [chunk for vector in incoming.chunks.values() for chunk in vector]
     blob = await asyncio.to_thread(leader.blobs.put_partial, chunks)
     answer = AnswerRow(
@@ -90,6 +92,12 @@ async def _take(leader: Leader, open_: Collection, region: RegionId, incoming: I
     )
     leader.run(open_.row.run).answer(open_, answer)
     return open_.answers[region]
+
+
+def _refusal(leader: Leader, key: AttemptKey, region: RegionId, error: HierFLError) -> RegionRejected:
+    """Sealed bytes do not change: what is wrong with them ends the region's part in the attempt."""
+    take_abstention(leader, key, region, Reason.INVALID)
+    return RegionRejected(f"the partial aggregate of {region} for {key} is refused: {error}")
 
 
 def _checked(open_: Collection, region: RegionId, incoming: Incoming) -> PartialHead:

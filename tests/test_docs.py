@@ -180,22 +180,23 @@ def simple_commands(line: str) -> Iterator[list[str]]:
             words.append(word)
 
 
-def problem(arguments: list[str]) -> str | None:
+def problem(
+    arguments: list[str], command: click.Command = root, parent: click.Context | None = None, name: str = "hierfl"
+) -> str | None:
     """Why ``hierfl`` would not take these arguments; None if it would. Nothing runs, no file is looked for."""
-    command: click.Command = root
-    context = click.Context(root, info_name="hierfl")
+    context = click.Context(command, parent=parent, info_name=name, **command.context_settings)
     try:
-        while True:
-            given, rest, _ = command.make_parser(context).parse_args(list(arguments))
-            if given.keys() & {"help", "version"} or not isinstance(command, click.Group):
-                break
-            name, found, arguments = command.resolve_command(context, rest)
+        given, rest, seen = command.make_parser(context).parse_args(list(arguments))
+        if any(param.is_eager for param in seen):  # --help and --version end it here
+            return None
+        if isinstance(command, click.Group):
+            if not rest:
+                return "no command"
+            word, found, rest = command.resolve_command(context, rest)
             assert found is not None
-            command, context = found, click.Context(found, parent=context, info_name=name)
+            return problem(rest, found, context, word or "")
     except click.ClickException as error:
         return error.format_message()
-    if given.keys() & {"help", "version"}:
-        return None
     absent = [p.name for p in command.params if isinstance(p, click.Argument) and p.required and not is_given(p, given)]
     return f"arguments missing: {absent}" if absent else (f"too many arguments: {rest}" if rest else None)
 

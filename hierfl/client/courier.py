@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from hierfl import observe
 from hierfl.client.held import Held
 from hierfl.client.link import Link, Waits
-from hierfl.errors import DigestMismatch, TransferIncomplete, Unreachable
+from hierfl.errors import DigestMismatch, RoundClosed, TransferIncomplete, Unreachable
 from hierfl.receipts import Receipt, ReceiptState
 from hierfl.records import UPDATE_CONTEXT, update_statement
 from hierfl.types import AttemptKey, UpdateKey
@@ -21,6 +21,8 @@ T = TypeVar("T")
 
 LONGEST_PAUSE_S = 10.0
 """Between two tries of a call while the link is up."""
+
+LATE_TICKET_PAUSE_S = 0.25
 
 TRY_AGAIN = (Unreachable, TransferIncomplete, DigestMismatch)
 """What a better moment may mend."""
@@ -70,11 +72,15 @@ class Courier:
         while True:
             answer = await self._link.admit(held.key, outgoing, held.head.weight, signature)
             kind = answer.WhichOneof("answer")
-            if kind == "ticket":
-                return await self._link.upload(held.key, outgoing, answer.ticket)
             if kind == "receipt":
                 return self._link.receipt(answer.receipt)
-            await asyncio.sleep(answer.retry_after_ms / 1000)
+            if kind == "ticket":
+                try:
+                    return await self._link.upload(held.key, outgoing, answer.ticket)
+                except RoundClosed:
+                    await asyncio.sleep(LATE_TICKET_PAUSE_S)  # or its ticket was too old: asking again tells which
+            else:
+                await asyncio.sleep(answer.retry_after_ms / 1000)
 
     async def known(self, key: AttemptKey, what: str) -> Receipt | None:
         """What the combiner has under this key, if anything."""

@@ -73,18 +73,23 @@ class FolderLock:
 
     Raises:
         StoreLocked: Another process, or another client in this one, has the folder.
+        StorageError: The folder cannot be written.
     """
 
     def __init__(self, folder: Path, whose: str) -> None:
-        self._connection = sqlite3.connect(
-            folder / "lock.sqlite", timeout=0, isolation_level=None, check_same_thread=False
-        )
+        path = folder / "lock.sqlite"
+        try:
+            self._connection = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
+        except sqlite3.Error as error:
+            raise StorageError(f"{path} cannot be used: {error}") from None
         try:
             self._connection.execute("BEGIN EXCLUSIVE")
-        except sqlite3.OperationalError as error:
+        except sqlite3.Error as error:
             self._connection.close()
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY:
+                raise StorageError(f"{path} cannot be used: {error}") from None
             raise StoreLocked(
-                f"{whose} already runs from {folder} ({error}): stop the other one, or give each its own --dir"
+                f"{whose} already runs from {folder}: stop the other one, or give each its own --dir"
             ) from None
 
     def close(self) -> None:

@@ -32,11 +32,15 @@ class ClientFolder:
             StorageError: The folder cannot be made, read or believed.
         """
         self.path = make_folder(directory / f"{client.region}.{client.site}.{client.client}")
-        self._lock = FolderLock(self.path, f"client {client}")
-        self.updates = HeldUpdates(self.path)
-        self.local = LocalTensors(self.path)
         self._epoch_file = self.path / "leader_epoch"
-        self.leader_epoch = self._read_epoch()
+        self._lock = FolderLock(self.path, f"client {client}")
+        try:
+            self.updates = HeldUpdates(self.path)
+            self.local = LocalTensors(self.path)
+            self.leader_epoch = self._read_epoch()
+        except BaseException:
+            self._lock.close()
+            raise
 
     def close(self) -> None:
         self._lock.close()

@@ -29,6 +29,7 @@ from hierfl.client.work import Made, TaskFailed, do_task
 from hierfl.client.worker import Worker
 from hierfl.errors import (
     HierFLError,
+    NotFound,
     RoundClosed,
     StaleEpoch,
     StorageError,
@@ -353,6 +354,8 @@ class Session:
                     lambda: self.site.models.get(plan, self.link.fetch_model), f"{round_of(plan.key)}: no model yet"
                 )
                 check_groups(plan, model.layout)
+            except NotFound as error:  # a combiner has the models of its open rounds
+                raise RoundClosed(str(error)) from None
             except HierFLError as error:
                 raise TaskFailed(decline_code(error), f"the model cannot be used: {error}") from None
             return model

@@ -4,7 +4,7 @@ speak the wire themselves. Ray only where a test says so."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -243,10 +243,10 @@ class Controller:
 
     # ---------------------------------------------------------------- RPCs
 
-    async def Hello(self, request: pb.HelloRequest, context: Any) -> pb.HelloResponse:
+    async def Hello(self, request: pb.HelloRequest, context: Any) -> pb.HelloResponse:  # noqa: N802  the RPC
         return rpc.answer_hello(request)
 
-    async def Attach(self, request: pb.AttachRequest, context: Any) -> AsyncIterator[pb.AttachResponse]:
+    async def Attach(self, request: pb.AttachRequest, context: Any) -> AsyncIterator[pb.AttachResponse]:  # noqa: N802  the RPC
         self.attachments.append(request)
         session: asyncio.Queue[pb.AttachResponse | None] = asyncio.Queue()
         self._sessions.append(session)
@@ -261,15 +261,15 @@ class Controller:
         finally:
             self._sessions.remove(session)
 
-    async def Report(self, request: pb.ReportRequest, context: Any) -> pb.ReportResponse:
+    async def Report(self, request: pb.ReportRequest, context: Any) -> pb.ReportResponse:  # noqa: N802  the RPC
         self.reports.append(request)
         return pb.ReportResponse(leader_epoch=self.leader_epoch)
 
-    async def Abstain(self, request: pb.AbstainRequest, context: Any) -> pb.AbstainResponse:
+    async def Abstain(self, request: pb.AbstainRequest, context: Any) -> pb.AbstainResponse:  # noqa: N802  the RPC
         self.abstained.put_nowait(request)
         return pb.AbstainResponse()
 
-    async def Uplink(self, frames: AsyncIterator[bytes], context: Any) -> pb.UplinkResponse:
+    async def Uplink(self, frames: AsyncIterator[bytes], context: Any) -> pb.UplinkResponse:  # noqa: N802  the RPC
         incoming = Incoming(Expect("partial", None, None, 2**30))
         await rpc.frames_of(frames, incoming)
         if self.refuse_uplinks:
@@ -288,7 +288,7 @@ class Controller:
             certificate=self.kit.certificate_der,
         )
 
-    async def FetchModel(self, request: pb.FetchModelRequest, context: Any) -> AsyncIterator[bytes]:
+    async def FetchModel(self, request: pb.FetchModelRequest, context: Any) -> AsyncIterator[bytes]:  # noqa: N802  the RPC
         async for frame in rpc.outgoing_frames(self.models[request.model_hash]):
             yield frame
 

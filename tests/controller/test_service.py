@@ -208,6 +208,19 @@ async def test_a_partial_that_breaks_its_plan_is_refused_and_its_region_not_wait
     assert [share.region for share in told.regions] == ["us"]
 
 
+async def test_a_partial_of_another_layout_is_refused_by_its_header(running, job):
+    operator = await running.operator()
+    eu, us = [await running.region(name) for name in ("eu", "us")]
+    run = await running.submit(operator, job(min_regions=1))
+    _, plan = await eu.plan()
+    meta = eu.partial(plan).descriptor.meta.encode()
+    for layout, size in (("0" * 64, 3), (plan.base.layout_hash, 4)):
+        with pytest.raises((RegionRejected, RoundClosed)):
+            await eu.uplink(plan, Outgoing("partial", layout, {"train": np.zeros(size, np.int64)}, meta=meta))
+    await us.answer()
+    assert (await ended(operator, run))[-1].summary.state == "finished"
+
+
 async def test_an_older_start_of_a_region_is_refused_and_the_newer_stream_ends_it(running):
     old = await running.region("eu", region_epoch=2)
     new = await running.region("eu", region_epoch=3)
@@ -364,11 +377,6 @@ async def test_roles_are_kept_apart(running):
     with pytest.raises(PermissionRefused):
         async with connect(running.kit("regions", "eu", "combiner"), running.address):
             pass
-    operator = await running.operator()
-    outgoing = Outgoing("partial", "0" * 64, {})
-    assert outgoing.length_bytes == 0
-    with pytest.raises(NotFound):
-        await operator.run("x")
 
 
 async def test_a_round_is_one_trace_over_the_controllers_spans(federation, job):

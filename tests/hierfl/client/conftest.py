@@ -20,6 +20,7 @@ from hierfl.client.offers import SitePolicy
 from hierfl.client.params import make_layout
 from hierfl.client.runner import serve
 from hierfl.client.task import Metrics, Task, Update
+from hierfl.errors import NotFound, RoundClosed
 from hierfl.layout import Layout, model_hash
 from hierfl.metrics import MetricSpec
 from hierfl.pki import Kit
@@ -154,6 +155,7 @@ class FakeCombiner:
     book: dict[UpdateKey, Receipt] = field(default_factory=dict)
     calls: list[str] = field(default_factory=list)
     refuse_uploads: int = 0
+    late_tickets: int = 0
     after_upload: ReceiptState = ReceiptState.STAGED
 
     def __post_init__(self) -> None:
@@ -237,8 +239,10 @@ class FakeCombiner:
             yield await queue.get()
 
     async def FetchModel(self, request: pb.FetchModelRequest, context: Any) -> AsyncIterator[bytes]:  # noqa: N802
-        model = self.models[request.model_hash]
         await self._note("FetchModel")
+        if request.model_hash not in self.models:
+            raise NotFound("model", request.model_hash)
+        model = self.models[request.model_hash]
         outgoing = transfer.Outgoing("model", model.layout.hash, model.vectors, meta=model.layout.to_bytes())
         async for frame in rpc.outgoing_frames(outgoing):
             yield frame
@@ -267,6 +271,9 @@ class FakeCombiner:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "try later")
         incoming = transfer.Incoming(transfer.Expect("update", None, None, 2**24))
         await rpc.frames_of(frames, incoming)
+        if self.late_tickets:
+            self.late_tickets -= 1
+            raise RoundClosed("the ticket is too old")
         key = UpdateKey(incoming.header.key, current_identity().client_ref)  # type: ignore[arg-type]  # an update has one
         head = documents.decode(incoming.meta, UpdateHead, "head")
         self.received.append(Received(key, incoming.digest, head, incoming.vectors()))

@@ -112,4 +112,4 @@ async def test_check_shows_the_author_where_the_app_fails(tmp_path: Path) -> Non
     code, out, _ = await ended(await hierfl("client", "check", str(tmp_path / "bad.py")))
     assert code == 3
     assert "train raised NameError: name 'oops' is not defined" in out
-    assert 'bad.py", line 12' in out
+    assert 'bad.py", line 11, in train' in out

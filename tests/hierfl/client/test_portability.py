@@ -21,74 +21,20 @@ MAY_IMPORT = {"torch": {"hierfl.client.torch"}, "numba": {"hierfl.kernels"}}
 """Which module may name which of those: on call, never when it is imported (the helper for torch aside)."""
 
 MISSING_MODULES = {"fcntl", "resource", "pwd", "grp", "termios", "tty", "pty", "curses", "readline", "syslog", "crypt"}
-MISSING_NAMES = {
-    ("os", name)
-    for name in [
-        "O_CLOEXEC",
-        "O_DIRECTORY",
-        "O_NOFOLLOW",
-        "O_NONBLOCK",
-        "chown",
-        "chroot",
-        "confstr",
-        "fchmod",
-        "fchown",
-        "fdatasync",
-        "fork",
-        "forkpty",
-        "getegid",
-        "geteuid",
-        "getgid",
-        "getgroups",
-        "getloadavg",
-        "getpgid",
-        "getpriority",
-        "getuid",
-        "killpg",
-        "lchown",
-        "mkfifo",
-        "mknod",
-        "nice",
-        "openpty",
-        "pipe2",
-        "posix_fadvise",
-        "posix_fallocate",
-        "posix_spawn",
-        "pread",
-        "preadv",
-        "pwrite",
-        "register_at_fork",
-        "sched_getaffinity",
-        "sched_setaffinity",
-        "sendfile",
-        "setpgid",
-        "setpriority",
-        "setsid",
-        "setuid",
-        "statvfs",
-        "sync",
-        "sysconf",
-        "ttyname",
-        "uname",
-        "wait3",
-        "wait4",
-    ]
-} | {
-    ("signal", name)
-    for name in [
-        "SIGKILL",
-        "SIGHUP",
-        "SIGUSR1",
-        "SIGUSR2",
-        "SIGCHLD",
-        "SIGQUIT",
-        "SIGALRM",
-        "SIGPIPE",
-        "alarm",
-        "pause",
-        "pthread_kill",
-    ]
-}
+
+
+def words(text: str) -> list[str]:
+    return text.split()
+
+
+MISSING_IN_OS = words("""
+    O_CLOEXEC O_DIRECTORY O_NOFOLLOW O_NONBLOCK chown chroot confstr fchmod fchown fdatasync fork forkpty getegid
+    geteuid getgid getgroups getloadavg getpgid getpriority getuid killpg lchown mkfifo mknod nice openpty pipe2
+    posix_fadvise posix_fallocate posix_spawn pread preadv pwrite register_at_fork sched_getaffinity
+    sched_setaffinity sendfile setpgid setpriority setsid setuid statvfs sync sysconf ttyname uname wait3 wait4
+""")
+MISSING_IN_SIGNAL = words("SIGKILL SIGHUP SIGUSR1 SIGUSR2 SIGCHLD SIGQUIT SIGALRM SIGPIPE alarm pause pthread_kill")
+MISSING_NAMES = {("os", name) for name in MISSING_IN_OS} | {("signal", name) for name in MISSING_IN_SIGNAL}
 MISSING_METHODS = {"add_signal_handler", "remove_signal_handler", "add_reader", "add_writer", "create_unix_server"}
 """Of the event loops of Windows, one or the other of which lacks them."""
 

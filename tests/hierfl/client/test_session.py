@@ -455,3 +455,37 @@ async def test_a_receipt_of_another_update_changes_nothing(
     assert isinstance(receipt, Receipt)
     assert "version 9" not in running.said
     assert held_files(running.directory) == [".json", ".values"]
+
+
+async def test_a_ticket_that_grew_too_old_is_asked_for_again(
+    combiner: Any, running: Any, linear: Any, plan: MakePlan
+) -> None:
+    combiner.late_tickets = 1
+    combiner.offer(plan())
+    async with running():
+        await combiner.until(lambda: combiner.received)
+    assert combiner.calls.count("Admit") == 2
+    assert len(linear.calls) == 1
+
+
+async def test_a_round_whose_model_is_gone_is_left_alone(
+    combiner: Any, running: Any, linear: Any, plan: MakePlan
+) -> None:
+    combiner.models.clear()
+    combiner.offer(plan())
+    async with running():
+        await until(lambda: "too late for this attempt" in running.said)
+    assert combiner.declined == []
+    assert not linear.calls
+
+
+async def test_another_model_than_the_plan_names_is_not_trained_on(
+    combiner: Any, running: Any, linear: Any, plan: MakePlan, model: Any
+) -> None:
+    combiner.models[model.hash] = replace(model, vectors={"train": model.vectors["train"] + 1})
+    combiner.offer(plan())
+    async with running():
+        await until(lambda: "fetch it again" in running.said)
+        combiner.models[model.hash] = model
+        await combiner.until(lambda: combiner.received)
+    assert linear.calls[0].params["w"].tolist() == [1, 1, 1]

@@ -12,10 +12,10 @@ torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402  only after torch is known to be there
 from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
 
-from hierfl.client.params import deltas_of, make_layout, returned_arrays  # noqa: E402
+from hierfl.client.params import check_app_model, deltas_of, make_layout, returned_arrays  # noqa: E402
 from hierfl.client.task import Declined, Task  # noqa: E402
 from hierfl.client.torch import TorchApp, load, roles_of, state_dict  # noqa: E402
-from hierfl.errors import AppError  # noqa: E402
+from hierfl.errors import AppError, LayoutMismatch  # noqa: E402
 from hierfl.layout import Layout, Role  # noqa: E402
 
 
@@ -235,3 +235,42 @@ def test_empty_and_scalar_tensors_travel() -> None:
     )
     assert isinstance(layout, Layout)
     assert vectors["train"].tolist() == [2.0]
+
+
+class Adapted(nn.Module):
+    """A frozen base of 10,000 values with adapters of 204."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Linear(100, 100, bias=False)
+        self.base.weight.requires_grad = False
+        self.down, self.up = nn.Linear(100, 2, bias=False), nn.Linear(2, 2, bias=False)
+
+    def forward(self, x: Any) -> Any:
+        return self.up(self.down(self.base(x)))
+
+
+def test_a_run_over_adapters_never_ships_its_base_model() -> None:
+    torch.manual_seed(0)
+    module = Adapted()
+    layout, base = make_layout(module, "trainable")
+    assert layout.vectors == {"train": 204}
+    x = torch.randn(8, 100)
+    app = TorchApp(lambda config: module, nn.MSELoss(), sgd, lambda task: [(x, torch.ones(8, 2))])
+    task = task_for(module, "trainable")
+    assert set(task.params) == {"down.weight", "up.weight"}
+    update = app.train(task)
+    assert "base.weight" in update.params  # the helper returns all it has; the layout decides
+    arrays = returned_arrays(layout, update.params)
+    assert "base.weight" not in arrays
+    assert {name: vector.size for name, vector in deltas_of(layout, arrays, base).items()} == {"train": 204}
+
+
+def test_a_site_with_another_base_model_is_told_so() -> None:
+    torch.manual_seed(0)
+    layout, _ = make_layout(Adapted(), "trainable")
+    torch.manual_seed(0)
+    check_app_model(layout, Adapted())
+    torch.manual_seed(1)
+    with pytest.raises(LayoutMismatch, match=r"'base.weight' is fixed, and its values are not those"):
+        check_app_model(layout, Adapted())

@@ -1,0 +1,219 @@
+"""From a job to plans, from partials to a model, and what an open attempt shows of time: plain calls."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from controller.blobs import Blobs
+from controller.collection import Collection
+from controller.merge import merge_partials, next_model, partial_sizes
+from controller.planning import new_attempt, new_run, plan_for, run_id
+from controller.registry import Progress, Registry
+from controller.rows import AnswerRow
+from hierfl.aggregation import Accumulator
+from hierfl.errors import ConfigError, RunFailed, StoreDamaged
+from hierfl.job import Arithmetic, RoundRules, StrategyChoice
+from hierfl.layout import Layout, Role
+from hierfl.plan import Plan
+from hierfl.records import PartialHead
+from hierfl.rounds import Answer, Deadline, Presence
+from hierfl.runs import OpenAttempt
+from hierfl.types import RegionId, RunId, TaskKind
+
+REGIONS = (RegionId("ap"), RegionId("eu"), RegionId("us"))
+PARAMS = {"w": np.zeros(3, np.float32), "running_mean": np.ones(2, np.float32)}
+LAYOUT = Layout.of(PARAMS, {"running_mean": Role.MEAN})
+
+
+def run_of(job, blobs=None, **rules):
+    vectors = LAYOUT.flatten(PARAMS)
+    name = blobs.put_model(LAYOUT, vectors) if blobs else "a" * 64
+    return new_run(job(**rules), LAYOUT, name, REGIONS, run=RunId("r"), request_id="", now_unix_ns=1)
+
+
+def attempt_of(run, task=TaskKind.TRAIN, number=1, attempt=1):
+    return new_attempt(run, OpenAttempt(task=task, round=number, attempt=attempt), now_unix_ns=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "slug"),
+    [("Digits", "digits-00ff00"), ("Über Größe 7", "ber-gr-e-7-00ff00"), ("!?", "run-00ff00"), ("x" * 99, "x" * 40)],
+)
+def test_a_run_id_is_a_name_made_from_the_jobs(job, name, slug):
+    made = job()
+    assert run_id(replace(made, job=replace(made.job, name=name)), "00ff00").startswith(slug)
+
+
+def test_the_total_weight_is_shared_by_all_provisioned_regions(job):
+    run = run_of(job)
+    plan = plan_for(run, attempt_of(run), REGIONS[0], "fed")
+    assert plan.caps.region_weight == 2**27 // 3
+    tight = replace(job(), arithmetic=Arithmetic(max_weight=100, total_weight=299))
+    with pytest.raises(ConfigError, match=r"arithmetic\.total_weight"):
+        new_run(tight, LAYOUT, "a" * 64, REGIONS, run=RunId("r"), request_id="", now_unix_ns=1)
+
+
+def test_a_plan_is_the_same_bytes_each_time_and_a_valid_plan(job):
+    run = run_of(job)
+    attempt = attempt_of(run)
+    data = plan_for(run, attempt, REGIONS[1], "fed").to_bytes()
+    assert plan_for(run, attempt, REGIONS[1], "fed").to_bytes() == data
+    plan = Plan.from_bytes(data)
+    assert (plan.base.size_bytes, plan.caps.max_upload_bytes, plan.k) == (20, 20, 2)
+
+
+def test_attempts_at_one_round_ask_for_the_same_task(job):
+    run = run_of(job)
+    assert attempt_of(run, attempt=1).spec.hash == attempt_of(run, attempt=2).spec.hash
+
+
+def test_an_app_may_name_its_version(job):
+    made = job()
+    pinned = replace(made, job=replace(made.job, app="digits@1.2"))
+    run = new_run(pinned, LAYOUT, "a" * 64, REGIONS, run=RunId("r"), request_id="", now_unix_ns=1)
+    assert (attempt_of(run).spec.app, attempt_of(run).spec.app_version) == ("digits", "1.2")
+
+
+def answers_of(run, attempt, blobs, deltas_by_region):
+    """Accepted partials, one region a list of (train, mean) deltas of weight 1."""
+    rows = []
+    for region, deltas in deltas_by_region.items():
+        total = Accumulator(run.groups)
+        for train, mean in deltas:
+            total.fold({"train": [np.array(train, np.float32)], "mean": [np.array(mean, np.float32)]}, 1)
+        summed = total.partial(len(deltas))
+        head = PartialHead(
+            region=region,
+            base_model_hash=run.model_hash,
+            task_hash=attempt.spec.hash,
+            groups=run.groups,
+            weight=summed.weight,
+            num_sites=summed.num_sites,
+            num_updates=summed.num_updates,
+            metrics={},
+            region_epoch=1,
+            seal_id="s",
+        )
+        blob = blobs.put_partial(summed.sums[group.name].reshape(-1) for group in run.groups)
+        rows.append(answer_row(attempt, region, head, blob))
+    return rows
+
+
+def answer_row(attempt, region, head=None, blob=""):
+    return AnswerRow(
+        run=attempt.run,
+        task=attempt.task,
+        round=attempt.round,
+        attempt=attempt.attempt,
+        region=region,
+        received_unix_ns=3,
+        digest="blake3:00",
+        head=head,
+        blob=blob,
+    )
+
+
+def test_partials_of_both_widths_merge_into_the_mean_model(job, tmp_path):
+    blobs = Blobs(tmp_path)
+    run = run_of(job, blobs)
+    attempt = attempt_of(run)
+    assert partial_sizes(attempt) == {"train": 3, "mean": 4}  # 128-bit sums are two vectors of 64
+    rows = answers_of(
+        run,
+        attempt,
+        blobs,
+        {
+            REGIONS[0]: [([1, 0, 0], [-500, 1]), ([0, 0, 0], [0, 0])],
+            REGIONS[1]: [([0, 4, 0], [0, 0]), ([3, 0, -4], [500, 3])],
+        },
+    )
+    total = merge_partials(blobs, attempt, rows)
+    assert (total.weight, total.num_sites) == (4, 4)
+    assert merge_partials(blobs, attempt, rows[::-1]) == total
+    _, vectors = blobs.model(next_model(blobs, run, total).model_hash)
+    assert vectors["train"].tolist() == [1.0, 1.0, -1.0]
+    assert vectors["mean"].tolist() == [1.0, 2.0]
+
+
+def test_the_strategys_state_goes_on_from_round_to_round(job, tmp_path):
+    blobs = Blobs(tmp_path)
+    run = run_of(job, blobs, strategy="fedavgm")
+    attempt = attempt_of(run)
+    total = merge_partials(blobs, attempt, answers_of(run, attempt, blobs, {REGIONS[0]: [([1, 1, 1], [0, 0])] * 2}))
+    first = next_model(blobs, run, total)
+    second = next_model(blobs, replace(run, model_hash=first.model_hash, state_digest=first.state_digest), total)
+    assert blobs.model(first.model_hash)[1]["train"].tolist() == [1.0] * 3
+    np.testing.assert_allclose(blobs.model(second.model_hash)[1]["train"], [2.9] * 3, rtol=1e-6)
+
+
+def test_a_strategy_that_breaks_ends_its_run_with_its_name(job, tmp_path, monkeypatch):
+    from hierfl.strategies.averaging import FedAvg
+
+    def broken(*_):
+        raise ZeroDivisionError("oops")
+
+    monkeypatch.setattr(FedAvg, "apply", broken)
+    blobs = Blobs(tmp_path)
+    run = run_of(job, blobs)
+    attempt = attempt_of(run)
+    total = merge_partials(blobs, attempt, answers_of(run, attempt, blobs, {REGIONS[0]: [([0, 0, 0], [0, 0])] * 2}))
+    with pytest.raises(RunFailed, match="strategy fedavg broke: ZeroDivisionError: oops"):
+        next_model(blobs, run, total)
+
+
+def test_a_partial_that_was_changed_on_disk_is_never_added(job, tmp_path):
+    blobs = Blobs(tmp_path)
+    run = run_of(job, blobs)
+    attempt = attempt_of(run)
+    rows = answers_of(run, attempt, blobs, {REGIONS[0]: [([1, 0, 0], [0, 0])] * 2})
+    path = next((tmp_path / "partials").iterdir())
+    path.write_bytes(b"\1" + path.read_bytes()[1:])
+    with pytest.raises(StoreDamaged):
+        merge_partials(blobs, attempt, rows)
+
+
+class Desk:
+    """An open attempt with a clock of ours: 10 s to report, 2 s of silence."""
+
+    def __init__(self, job) -> None:
+        self.now = 100.0
+        self.registry = Registry(REGIONS, lambda: self.now, lambda: None)
+        rules = RoundRules(min_regions=2, min_clients=3, report_timeout_s=10.0, silence_s=2.0)
+        run = replace(run_of(job), job=replace(job(), round=rules, strategy=StrategyChoice()))
+        self.open = Collection(run, attempt_of(run), [], federation="fed", opened_at=100.0)
+
+    def view(self):
+        return self.open.view(self.registry, self.now)
+
+    def next_change(self):
+        return self.open.next_change(self.registry, self.now)
+
+
+def test_an_open_attempt_shows_who_answered_and_how_far_the_others_are(job):
+    desk = Desk(job)
+    for region in REGIONS[:2]:
+        desk.registry.attach(region, 1, "z")
+    progress = Progress(phase="collecting", clients_ready=4, clients_reported=2, cohort=4)
+    desk.registry.report(REGIONS[0], {desk.open.row.key: progress}, desk.registry.traffic(REGIONS[0]))
+    desk.open.answers[REGIONS[1]] = answer_row(desk.open.row, REGIONS[1])
+    ap, eu, us = desk.view().regions
+    assert (ap.phase, ap.clients_reported, ap.cohort, ap.answer) == ("collecting", 2, 4, Answer.NONE)
+    assert (eu.phase, eu.answer) == ("sealed", Answer.PARTIAL)
+    assert us.presence is Presence.EXPECTED
+
+
+def test_an_open_attempt_names_the_next_moment_at_which_time_alone_changes_it(job):
+    desk = Desk(job)
+    desk.registry.attach(REGIONS[0], 1, "z")
+    assert desk.next_change() == 102.0  # ap falls silent, the others turn out absent
+    desk.now = 102.0
+    assert desk.view().deadline is Deadline.AHEAD
+    assert desk.next_change() == 112.0  # 10 s for the regions, 2 s for their word that it comes
+    desk.now = 112.0
+    assert desk.view().deadline is Deadline.PASSED
+    assert desk.next_change() == 122.0
+    desk.now = 122.0
+    assert desk.view().deadline is Deadline.FINAL
