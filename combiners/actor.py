@@ -29,7 +29,7 @@ from hierfl import observe
 from hierfl.errors import PortInUse, StoreLocked, Unreachable
 from hierfl.pki import Kit
 from hierfl.receipts import Receipt
-from hierfl.types import AttemptKey, ModelHash
+from hierfl.types import AttemptKey, ClientRef, ModelHash
 
 __all__ = ["IntakeActor", "RegionActor", "remote_intake", "remote_region"]
 
@@ -136,6 +136,9 @@ class _IntakeOverRay:
     async def open(self, opening: Opening) -> None:
         await _answer(self._handle.open.remote(opening))
 
+    async def ask_again(self, key: AttemptKey, clients: tuple[ClientRef, ...]) -> None:
+        await _answer(self._handle.ask_again.remote(key, clients))
+
     async def freeze(self, key: AttemptKey, seal_id: str) -> HandOver:
         hand_over: HandOver = await _answer(self._handle.freeze.remote(key, seal_id))
         return hand_over
@@ -182,6 +185,9 @@ class IntakeActor:
 
     async def open(self, opening: Opening) -> None:
         await self._loop.run(self._host.open(opening))
+
+    async def ask_again(self, key: AttemptKey, clients: tuple[ClientRef, ...]) -> None:
+        await self._loop.run(self._host.ask_again(key, clients))
 
     async def freeze(self, key: AttemptKey, seal_id: str) -> HandOver:
         return await self._loop.run(self._host.freeze(key, seal_id))

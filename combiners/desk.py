@@ -153,6 +153,12 @@ class Desk:
         for session in self.followers.serving(attempt.plan):
             session.send(_offer(opening))
 
+    async def ask_again(self, key: AttemptKey, clients: tuple[ClientRef, ...]) -> None:
+        attempt = self.attempts.get(key)
+        if attempt is not None:
+            for client in clients:
+                self.followers.send(client, _offer(attempt.opening))
+
     async def freeze(self, key: AttemptKey, seal_id: str) -> HandOver:
         attempt = self.attempts.get(key)
         if attempt is None:

@@ -180,6 +180,14 @@ class OpenAtIntakes:
     offer: bytes
 
 
+@dataclass(frozen=True, kw_only=True)
+class AskAgain:
+    """These clients' updates were lost with their intake: wherever they wait, they get the offer again."""
+
+    key: AttemptKey
+    clients: tuple[ClientRef, ...]
+
+
 @dataclass(frozen=True)
 class CloseAtIntakes:
     """Drop the accumulator, tell clients that have not answered."""
@@ -254,6 +262,7 @@ class Tell:
 Instruction = (
     FetchModel
     | OpenAtIntakes
+    | AskAgain
     | CloseAtIntakes
     | SetTimer
     | Freeze

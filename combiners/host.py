@@ -21,6 +21,7 @@ from combiners.attempt import Phase
 from combiners.cohort import Standing
 from combiners.events import (
     Abstain,
+    AskAgain,
     ClientDeclined,
     ClientJoined,
     ClientLeft,
@@ -234,6 +235,8 @@ class RegionHost:
                 self.spawn(self._fetch(instruction))
             case OpenAtIntakes():
                 self._open(instruction)
+            case AskAgain():
+                self._at_intakes(lambda port: port.ask_again(instruction.key, instruction.clients))
             case CloseAtIntakes():
                 self._close(instruction.key, instruction.reason)
             case SetTimer():

@@ -96,6 +96,9 @@ class IntakeHost:
     async def open(self, opening: Opening) -> None:
         await self.desk.open(opening)
 
+    async def ask_again(self, key: AttemptKey, clients: tuple[ClientRef, ...]) -> None:
+        await self.desk.ask_again(key, clients)
+
     async def freeze(self, key: AttemptKey, seal_id: str) -> HandOver:
         return await self.desk.freeze(key, seal_id)
 

@@ -73,13 +73,17 @@ def _lives(pid: int, started: float) -> bool:
 
 
 def _names(process: psutil.Process, folder: Path) -> bool:
-    """Whether the process was started on this folder: Ray's all say so in their arguments or environment."""
+    """Whether the process works in this folder: by its arguments, its environment, or its open files.
+
+    Ray's agents write a title over the first two.
+    """
     if process.pid == os.getpid():
         return False
-    try:
-        return str(folder) in " ".join(process.cmdline()) or str(folder) in process.environ().get("RAY_TMPDIR", "")
-    except (psutil.Error, OSError):
-        return False
+    with contextlib.suppress(psutil.Error, OSError):
+        if str(folder) in " ".join(process.cmdline()) or process.environ().get("RAY_TMPDIR") == str(folder):
+            return True
+        return any(file.path.startswith(f"{folder}/") for file in process.open_files())
+    return False
 
 
 def _end(processes: list[psutil.Process]) -> None:

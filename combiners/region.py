@@ -11,12 +11,13 @@ which want an answer at once, by ``claim``. Rules held here:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from combiners.attempt import Attempt, Phase, Step
 from combiners.cohort import Cohort, Outlook, Standing
 from combiners.events import (
     Abstain,
+    AskAgain,
     AttemptOver,
     ClientDeclined,
     ClientJoined,
@@ -256,12 +257,17 @@ class Region:
         self.incarnations.discard(incarnation)
         for attempt in self.attempts.values():
             if attempt.phase in (Phase.COLLECTING, Phase.SEALING):
-                attempt.cohort.let_go(incarnation)
+                self._let_go(attempt, incarnation)
                 attempt.awaited.discard(incarnation)
                 attempt.handed_over.pop(incarnation, None)
                 self._touched.add(attempt.key)
         for client in [client for client, at in self.connected.items() if incarnation in at]:
             self._leave(incarnation, client)
+
+    def _let_go(self, attempt: Attempt, incarnation: str, clients: Iterable[ClientRef] | None = None) -> None:
+        freed = attempt.cohort.let_go(incarnation, clients)
+        if freed:
+            self._out.append(AskAgain(key=attempt.key, clients=tuple(freed)))
 
     def _hand_over(self, event: HandedOver) -> None:
         attempt = self.attempts.get(event.key)
@@ -275,7 +281,7 @@ class Region:
             self._out.append(VoidIntake(event.incarnation))
             self._void(event.incarnation)
             return
-        attempt.cohort.let_go(event.incarnation, [client for client in granted if client not in listed])
+        self._let_go(attempt, event.incarnation, [client for client in granted if client not in listed])
         for client in listed:
             attempt.cohort.fold(event.incarnation, client)
         attempt.awaited.discard(event.incarnation)

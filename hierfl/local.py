@@ -27,7 +27,7 @@ from typing import Any
 from hierfl import provision
 from hierfl.config import FederationConfig, RegionConfig, SiteConfig
 from hierfl.errors import HierFLError, StoreLocked
-from hierfl.processes import Child, Program, kill_marked
+from hierfl.processes import Child, Program, kill_all
 from hierfl.types import RegionId
 
 __all__ = ["OPERATOR", "Federation", "running", "serving"]
@@ -109,7 +109,6 @@ class Federation:
             options = ["--dir", str(self.state / "clients" / process)]
             options += [part for kit in kits for part in ("--kit", str(kit))]
             options += [part for item in sites[0].options.items() for part in ("--set", "=".join(item))]
-            options += ["--min-k", str(self.region(name).k)]
             await self._start(process, ["client", "run", sites[0].app, *options], has_ready_line=False)
 
     async def kill(self, name: str) -> None:
@@ -124,7 +123,7 @@ class Federation:
             stopping = [child.stop() for name, child in self.children.items() if name.startswith(prefix)]
             await asyncio.gather(*stopping)
         self.children.clear()
-        await asyncio.to_thread(kill_marked, self.fleet)
+        await asyncio.to_thread(kill_all, self.fleet)
 
     def region(self, name: RegionId) -> RegionConfig:
         return next(region for region in self.config.regions if region.name == name)
@@ -156,7 +155,7 @@ class Federation:
         """Start a process again when it ends by itself, ever more slowly."""
         pause_s = RESTART_FIRST_S
         while self.children.get(child.name) is child:
-            status = await child.exited
+            status = await child.exited()
             if self.children.get(child.name) is not child:
                 return
             await child.kill()  # what outlived it would hold its ports
@@ -244,7 +243,7 @@ def _claim(state: Path, fleet: str) -> Iterator[None]:
         note = state / "up.json"
         if note.exists():
             with contextlib.suppress(json.JSONDecodeError, KeyError):
-                kill_marked(json.loads(note.read_text())["fleet"])
+                kill_all(json.loads(note.read_text())["fleet"])
         note.write_text(json.dumps({"schema": "hierfl.up/1", "pid": os.getpid(), "fleet": fleet}))
         try:
             yield

@@ -37,7 +37,7 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
 def _write_safetensors(path: Path, params: Params, metadata: Mapping[str, str]) -> None:
     from safetensors.numpy import save_file
 
-    save_file({name: np.ascontiguousarray(array) for name, array in params.items()}, path, metadata=dict(metadata))
+    save_file({name: np.asarray(array, order="C") for name, array in params.items()}, path, metadata=dict(metadata))
 
 
 def _write_torch(path: Path, params: Params, metadata: Mapping[str, str]) -> None:

@@ -1,8 +1,9 @@
 """Child processes of one machine's federation: started, watched and ended, with all that they started.
 
-Every child carries a mark in its environment that its own children inherit. Ray's processes sit in
-process groups of their own and outlive their driver, so the mark is what finds them: nothing that
-carries it is left after ``stop``. Linux only (``/proc``, parent-death signal).
+Ray's processes sit in process groups of their own, outlive their driver, and some write a title over
+their environment. What finds them all: each child leads a session, which its own children stay in, and
+carries a mark in its environment, which they inherit. Nothing of either is left after ``stop``. Linux
+only (``/proc``, parent-death signal).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import psutil
 
 from hierfl.errors import HierFLError, RunFailed
 
-__all__ = ["Child", "Program", "kill_marked", "marked"]
+__all__ = ["Child", "Program", "find", "kill_all"]
 
 MARK = "HIERFL_FLEET"
 _PR_SET_PDEATHSIG = 1
@@ -41,27 +42,31 @@ class Program:
     env: Mapping[str, str] = field(default_factory=dict)
 
 
-def marked(mark: str) -> list[psutil.Process]:
-    """Every live process whose environment carries ``mark`` (a fleet, or ``fleet/name`` for one child's tree)."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):
-            value = process.environ().get(MARK, "")
-            if (value == mark or value.startswith(mark + "/")) and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
+def find(mark: str, session: int = 0) -> list[psutil.Process]:
+    """Every live process that carries ``mark`` (a fleet, or ``fleet/name`` for one child), or is in ``session``."""
+    return [process for process in psutil.process_iter() if _belongs(process, mark, session)]
 
 
-def kill_marked(mark: str) -> int:
-    """SIGKILL all that carries ``mark`` until nothing does; returns how many there were."""
-    total = 0
-    while processes := [process for process in marked(mark) if process.pid != os.getpid()]:
+def _belongs(process: psutil.Process, mark: str, session: int) -> bool:
+    if process.pid == os.getpid():
+        return False
+    with contextlib.suppress(psutil.Error, OSError):
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return False
+        if session and os.getsid(process.pid) == session:
+            return True
+        value = process.environ().get(MARK, "")
+        return value == mark or value.startswith(mark + "/")
+    return False
+
+
+def kill_all(mark: str, session: int = 0) -> None:
+    """SIGKILL all that ``find`` finds, until it finds nothing."""
+    while processes := find(mark, session):
         for process in processes:
             with contextlib.suppress(psutil.Error):
                 process.kill()
         psutil.wait_procs(processes, timeout=5)
-        total += len(processes)
-    return total
 
 
 def _end_with_parent() -> None:
@@ -70,13 +75,13 @@ def _end_with_parent() -> None:
 
 
 class Child:
-    """One running program. ``ready`` resolves to its ready document; ``exited`` to its exit status."""
+    """One running program. ``ready`` resolves to its ready document."""
 
     def __init__(self, program: Program, mark: str, process: asyncio.subprocess.Process) -> None:
         self.program = program
         self.mark = mark
         self.ready: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
-        self.exited: asyncio.Task[int] = asyncio.create_task(self._watch())
+        self._exited: asyncio.Task[int] = asyncio.create_task(self._watch())
         self._process = process
         self._last_words: deque[str] = deque(maxlen=_LAST_WORDS)
 
@@ -104,6 +109,10 @@ class Child:
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    async def exited(self) -> int:
+        """Wait for its end; returns the exit status. Whoever stops waiting does not end the watch."""
+        return await asyncio.shield(self._exited)
 
     async def _watch(self) -> int:
         assert self._process.stdout is not None
@@ -138,15 +147,15 @@ class Child:
         said = said or (self._last_words[-1] if self._last_words else "it said nothing")
         return RunFailed(f"{self.name} did not start (exit {status}): {said}; its log: {self.program.log}")
 
-    async def stop(self, grace_s: float = 15.0) -> None:
+    async def stop(self, grace_s: float = 40.0) -> None:
         """SIGTERM, then SIGKILL after ``grace_s``; then whatever it left behind."""
-        if not self.exited.done():
+        if not self._exited.done():
             with contextlib.suppress(ProcessLookupError):
                 self._process.terminate()
-            await asyncio.wait({self.exited}, timeout=grace_s)
+            await asyncio.wait({self._exited}, timeout=grace_s)
         await self.kill()
 
     async def kill(self) -> None:
         """SIGKILL the whole tree at once and wait until it is gone."""
-        await asyncio.to_thread(kill_marked, self.mark)
-        await self.exited
+        await asyncio.to_thread(kill_all, self.mark, self.pid)
+        await self.exited()

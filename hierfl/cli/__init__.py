@@ -55,12 +55,14 @@ def run(args: Sequence[str] | None = None) -> int:
 
 
 def _report(error: HierFLError) -> int:
+    if isinstance(error, Interrupted):
+        click.echo(str(error), err=True)
+        return error.exit_code
     for one in getattr(error, "errors", (error,)):
         click.secho(f"error {one.code}: ", fg="red", err=True, nl=False)
         click.echo(str(one), err=True)
-    if not isinstance(error, Interrupted):
-        first = getattr(error, "errors", (error,))[0]
-        click.echo(f"more: hierfl explain {first.code}", err=True)
+    first = getattr(error, "errors", (error,))[0]
+    click.echo(f"more: hierfl explain {first.code}", err=True)
     return error.exit_code
 
 

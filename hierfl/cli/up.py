@@ -78,7 +78,7 @@ def down(directory: Path) -> None:
     import psutil
 
     from hierfl.local import running
-    from hierfl.processes import kill_marked
+    from hierfl.processes import kill_all
 
     state = state_dir(directory)
     found = running(state) if state else None
@@ -90,5 +90,5 @@ def down(directory: Path) -> None:
             say("stopping clients, combiners and controller")
             process.terminate()
             process.wait(timeout=90)
-    kill_marked(found["fleet"])
+    kill_all(found["fleet"])
     say("stopped")

@@ -108,7 +108,7 @@ def _require_server(identity: Identity) -> Identity:
 
 def server_options() -> Options:
     """Options of every server; a port is its own, where gRPC by default would share it with another process."""
-    return [*_COMMON, ("grpc.so_reuseport", 0), ("grpc.http2.min_recv_ping_interval_without_data_ms", PING_LEAST_MS)]
+    return [*_COMMON, ("grpc.so_reuseport", 0), ("grpc.http2.min_ping_interval_without_data_ms", PING_LEAST_MS)]
 
 
 def server_credentials(kit: Kit) -> grpc.ServerCredentials:

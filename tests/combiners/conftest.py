@@ -387,6 +387,16 @@ class Client:
                     return response.receipt
             await asyncio.sleep(admitted.retry_after_ms / 1000)
 
+    async def until_sealed(self, plan: Plan, **update: Any) -> None:
+        """Hand in whenever asked, until the update is in the region's durable partial."""
+        async with asyncio.timeout(30):
+            while True:
+                event = await self.events.get()
+                if event.WhichOneof("event") == "offer":
+                    await self.hand_in(plan, **update)
+                elif event.receipt.state == pb.RECEIPT_STATE_SEALED:
+                    return
+
     async def receipts(self, *keys: AttemptKey) -> list[pb.Receipt]:
         request = pb.GetReceiptsRequest(keys=[key_to_proto(key) for key in keys])
         return list((await self.stub.GetReceipts(request)).receipts)

@@ -111,12 +111,10 @@ async def test_killed_actors_come_back_and_their_clients_are_asked_again(serve, 
         await asyncio.gather(*(client.ended.wait() for client in clients))
         again = [await connect(kit, served.addresses[0]) for kit in client_kits[:3]]
         await asyncio.gather(*(client.offer() for client in again))
-        await again[0].hand_in(plan)
+        await asyncio.gather(*(client.hand_in(plan) for client in again[:2]))
         served.actor("IntakeActor").kill()
-        os.sched_yield()
         third = [await connect(kit, served.addresses[1]) for kit in client_kits[:3]]
-        await asyncio.gather(*(client.offer() for client in third))
-        await asyncio.gather(*(client.hand_in(plan) for client in third))
+        await asyncio.gather(*(client.until_sealed(plan) for client in third))
         _, head, _, _ = await controller.partials.get()
         assert (head.num_updates, head.region_epoch) == (3, 2)
 
