@@ -152,7 +152,7 @@ class Controller:
         self.refuse_uplinks = 0
         self.address = ""
         self._sessions: list[asyncio.Queue[pb.AttachResponse | None]] = []
-        self._attached = asyncio.Event()
+        self._attachment = asyncio.Condition()
         self._server: grpc.aio.Server | None = None
 
     async def start(self, address: str = "127.0.0.1:0") -> None:
@@ -173,8 +173,10 @@ class Controller:
         for session in self._sessions:
             session.put_nowait(response)
 
-    async def attached(self) -> None:
-        await self._attached.wait()
+    async def attached(self, times: int = 1) -> None:
+        """Wait until a region has attached so many times."""
+        async with self._attachment:
+            await self._attachment.wait_for(lambda: len(self.attachments) >= times)
 
     def offer_of(self, plan: Plan) -> pb.Offer:
         data = plan.to_bytes()
@@ -203,11 +205,15 @@ class Controller:
         verdict = pb.Verdict(key=key_to_proto(key), leader_epoch=self.leader_epoch, reason=reason)
         self.say(pb.AttachResponse(verdict=verdict))
 
-    def commit(self, plan: Plan, digest: str, made: ToyModel) -> None:
-        """A verdict: the region's partial is in version ``plan.round``, which is ``made``."""
+    def commit(self, plan: Plan, digest: str, made: ToyModel, counted: str | None = None) -> None:
+        """A verdict: the region's partial is in version ``plan.round``, which is ``made``.
+
+        ``counted``: digest that the signed record names, where it is another.
+        """
         self.on_attach.clear()
         self.models[made.hash] = made.outgoing
-        counted = CountedPartial(region=plan.region, digest=digest, weight=3, num_sites=3, num_updates=3)
+        named = digest if counted is None else counted
+        share = CountedPartial(region=plan.region, digest=named, weight=3, num_sites=3, num_updates=3)
         record = documents.encode(
             CommitRecord(
                 federation=plan.federation,
@@ -221,7 +227,7 @@ class Controller:
                 leader_epoch=self.leader_epoch,
                 strategy="fedavg",
                 exact_in_two_tiers=True,
-                partials=(counted,) if digest else (),
+                partials=(share,) if named else (),
                 weight=3,
                 metrics={},
                 state_digest="",
@@ -247,14 +253,15 @@ class Controller:
         return rpc.answer_hello(request)
 
     async def Attach(self, request: pb.AttachRequest, context: Any) -> AsyncIterator[pb.AttachResponse]:  # noqa: N802  the RPC
-        self.attachments.append(request)
         session: asyncio.Queue[pb.AttachResponse | None] = asyncio.Queue()
         self._sessions.append(session)
         attached = pb.Attached(leader_epoch=self.leader_epoch, report_every_s=0.3, silence_s=1.0)
         yield pb.AttachResponse(attached=attached)
         for response in list(self.on_attach):
             yield response
-        self._attached.set()
+        async with self._attachment:
+            self.attachments.append(request)
+            self._attachment.notify_all()
         try:
             while (response_or_end := await session.get()) is not None:
                 yield response_or_end

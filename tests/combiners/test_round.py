@@ -3,8 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
+import grpc
 import numpy as np
+import pytest
+
+from combiners.attempt import Phase
+from hierfl.border import verify_rows
+from hierfl.errors import (
+    CertificateUntrusted,
+    LayoutMismatch,
+    RoundClosed,
+    TransferIncomplete,
+    ValueOutOfRange,
+    WireError,
+)
+from hierfl.identity import Identity, RoleName
+from hierfl.residency import ZonePolicy
+from hierfl.wire import hierfl_pb2 as pb
+from hierfl.wire import rpc, tls
+from hierfl.wire.convert import key_from_proto, key_to_proto
 
 
 async def test_three_clients_become_one_exact_sum_and_learn_that_it_was_counted(
@@ -28,3 +47,257 @@ async def test_three_clients_become_one_exact_sum_and_learn_that_it_was_counted(
         last = [await client.event("receipt") for client in clients]
         assert [(receipt.state, receipt.model_version) for receipt in last] == [(4, 1)] * 3  # COMMITTED
         assert [receipt.state for client in clients for receipt in await client.receipts(plan.key)] == [4] * 3
+
+
+async def joined(connect, combiner, kits):
+    return [await connect(kit, combiner.addresses[n % len(combiner.addresses)]) for n, kit in enumerate(kits)]
+
+
+async def test_the_same_update_gets_the_same_receipt_and_another_one_is_refused(
+    start_combiner, controller, client_kits, connect, plan
+):
+    async with start_combiner() as combiner:
+        clients = await joined(connect, combiner, client_kits[:3])
+        await controller.offer(plan)
+        await asyncio.gather(*(client.offer() for client in clients))
+        first, again = [await clients[0].hand_in(plan) for _ in range(2)]
+        assert first == again
+        other = await clients[0].hand_in(plan, value=2.0)
+        assert (other.state, other.reason) == (pb.RECEIPT_STATE_NOT_COUNTED, "digest_conflict")
+        assert [receipt.state for receipt in await clients[0].receipts(plan.key)] == [pb.RECEIPT_STATE_STAGED]
+
+
+async def test_two_uploads_of_one_update_at_once_are_folded_once(
+    start_combiner, controller, client_kits, connect, plan
+):
+    async with start_combiner() as combiner:
+        clients = await joined(connect, combiner, client_kits[:3])
+        twin = await connect(client_kits[0], combiner.addresses[0])
+        await controller.offer(plan)
+        await asyncio.gather(*(client.offer() for client in clients))
+        await asyncio.gather(*(client.hand_in(plan) for client in (*clients, twin)))
+        _, head, _, _ = await controller.partials.get()
+        assert (head.num_updates, head.weight) == (3, 3)
+
+
+BAD = {
+    "NaN": ({"value": float("nan")}, ValueOutOfRange, "value 0 is nan"),
+    "a value above the cap": ({"value": 9.0}, ValueOutOfRange, "at most 8"),
+    "another shape": ({"vectors": {"train": np.zeros(5, np.float32)}}, LayoutMismatch, "20 bytes"),
+    "another layout": ({"layout_hash": "ab" * 32}, LayoutMismatch, "abababababab"),
+    "another base model": ({"base_model_hash": "cd" * 32}, WireError, "another base model"),
+    "a metric that nobody declared": ({"metrics": {"secret": 1}}, ValueOutOfRange, "'secret' is not declared"),
+    "a weight above the cap": ({"weight": 101}, ValueOutOfRange, "from 1 to 100"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+async def test_a_bad_update_is_refused_in_words_and_harms_nobody(
+    what, start_combiner, controller, client_kits, connect, plan
+):
+    changes, error, words = BAD[what]
+    async with start_combiner() as combiner:
+        clients = await joined(connect, combiner, client_kits[:4])
+        await controller.offer(plan)
+        await asyncio.gather(*(client.offer() for client in clients))
+        with pytest.raises(error, match=words):
+            await clients[3].hand_in(plan, **changes)
+        await asyncio.gather(*(client.hand_in(plan) for client in clients[:3]))
+        if what in ("another shape", "a weight above the cap"):  # refused at admission: it may still send a right one
+            await clients[3].stub.Decline(pb.DeclineRequest(key=key_to_proto(plan.key), code="layout_mismatch"))
+        _, head, _, _ = await controller.partials.get()
+        assert head.num_updates == 3
+
+
+async def test_half_an_upload_can_be_sent_again(start_combiner, controller, client_kits, connect, plan):
+    async with start_combiner() as combiner:
+        clients = await joined(connect, combiner, client_kits[:3])
+        await controller.offer(plan)
+        await asyncio.gather(*(client.offer() for client in clients))
+        outgoing, weight = clients[0].update(plan)
+        ticket = (await clients[0].admit(plan.key, outgoing, weight)).ticket
+        frames = list(outgoing.frames(plan.key, ticket))[:-1]
+        with pytest.raises(grpc.aio.AioRpcError) as failed:
+            await clients[0].stub.Upload(iter(frames))
+        assert isinstance(clients[0].stub.error(failed.value), TransferIncomplete)
+        assert (await clients[0].hand_in(plan)).state == pb.RECEIPT_STATE_STAGED
+
+
+async def test_an_update_signed_by_nobody_it_could_be_from_is_not_admitted(
+    start_combiner, controller, client_kits, connect, plan
+):
+    async with start_combiner() as combiner:
+        (client,) = await joined(connect, combiner, client_kits[:1])
+        outgoing, weight = client.update(plan)
+        with pytest.raises(CertificateUntrusted):
+            await client.admit(plan.key, outgoing, weight, signature=client_kits[1].sign(b"x", b"hierfl.update/1"))
+
+
+@pytest.mark.parametrize("change", [{"attempt": 2}, {"round": 2}, {"run": "run-9"}])
+async def test_an_update_for_an_attempt_that_is_not_open_is_refused_by_name(
+    change, start_combiner, controller, client_kits, connect, plan
+):
+    async with start_combiner() as combiner:
+        clients = await joined(connect, combiner, client_kits[:3])
+        await controller.offer(plan)
+        await clients[0].offer()
+        with pytest.raises(RoundClosed, match="is not open in this region"):
+            await clients[0].hand_in(replace(plan, **change))
+
+
+async def test_too_few_sites_and_nothing_leaves(start_combiner, controller, client_kits, connect, plan):
+    async with start_combiner(policy=ZonePolicy(k=4, max_share=1.0)) as combiner:
+        clients = await joined(connect, combiner, client_kits[:4])
+        await controller.offer(plan)
+        await asyncio.gather(*(client.offer() for client in clients))
+        await asyncio.gather(*(client.hand_in(plan) for client in clients[:3]))
+        await clients[3].stub.Decline(pb.DeclineRequest(key=key_to_proto(plan.key), code="train_error"))
+        abstained = await controller.abstained.get()
+        assert (abstained.code, controller.partials.empty()) == ("too_few_sites", True)
+        receipts = [await client.event("receipt") for client in clients[:3]]
+        assert {(receipt.state, receipt.reason) for receipt in receipts} == {(5, "too_few_sites")}
+
+
+async def test_a_client_that_connects_late_gets_the_open_offer_at_once(
+    start_combiner, controller, client_kits, connect, plan
+):
+    async with start_combiner(intakes=2) as combiner:
+        clients = await joined(connect, combiner, client_kits[:3])
+        await controller.offer(plan)
+        await clients[0].offer()
+        late = await connect(client_kits[3], combiner.addresses[1])
+        assert await late.offer() == plan
+
+
+async def test_when_an_intake_dies_its_clients_are_asked_again(start_combiner, controller, client_kits, connect, plan):
+    async with start_combiner(intakes=2) as combiner:
+        clients = await joined(connect, combiner, client_kits[:3])
+        await controller.offer(plan)
+        await asyncio.gather(*(client.offer() for client in clients))
+        await asyncio.gather(*(client.hand_in(plan) for client in clients[:2]))
+        await combiner.restart_intake(0)
+        await clients[0].ended.wait()
+        again = [await connect(client_kits[n], combiner.addresses[0]) for n in (0, 2)]
+        await asyncio.gather(*(client.until_sealed(plan) for client in again))
+        _, head, _, _ = await controller.partials.get()
+        assert head.num_updates == 3
+
+
+async def test_a_restarted_region_knows_its_receipts_and_sends_the_same_bytes_to_the_next_attempt(
+    start_combiner, controller, client_kits, connect, plan, toy_model
+):
+    async with start_combiner() as combiner:
+        clients = await joined(connect, combiner, client_kits[:3])
+        await controller.offer(plan)
+        await asyncio.gather(*(client.until_sealed(plan) for client in clients))
+        first = await controller.partials.get()
+        await combiner.kill()
+    second_attempt = replace(plan, attempt=2)
+    controller.withdraw(plan.key, "attempt_abandoned")
+    async with start_combiner() as combiner:
+        await controller.attached(2)
+        assert [pending.digest for pending in controller.attachments[-1].pending] == [first[3]]
+        (client,) = await joined(connect, combiner, client_kits[:1])
+        assert [receipt.state for receipt in await client.receipts(plan.key)] == [pb.RECEIPT_STATE_SEALED]
+        await controller.offer(second_attempt)
+        key, _, partial, digest = await controller.partials.get()
+        assert (key, digest, partial) == (second_attempt.key, first[3], first[2])
+        controller.commit(second_attempt, digest, toy_model(1.0))
+        told = await client.event("receipt")
+        assert (told.state, told.model_version, key_from_proto(told.key)) == (4, 1, plan.key)
+
+
+async def test_a_record_that_does_not_name_the_partial_is_not_believed(
+    start_combiner, controller, client_kits, connect, plan, toy_model, caplog
+):
+    async with start_combiner() as combiner:
+        clients = await joined(connect, combiner, client_kits[:3])
+        await controller.offer(plan)
+        await asyncio.gather(*(client.until_sealed(plan) for client in clients))
+        _, _, _, digest = await controller.partials.get()
+        controller.commit(plan, digest, toy_model(1.0), counted="blake3:" + "00" * 32)
+        await until(lambda: "is not believed" in caplog.text)
+        assert [receipt.state for receipt in await clients[0].receipts(plan.key)] == [pb.RECEIPT_STATE_SEALED]
+
+
+async def test_a_plan_that_the_controller_did_not_sign_is_ignored(
+    start_combiner, controller, client_kits, combiner_kit, connect, plan, caplog
+):
+    async with start_combiner() as combiner:
+        await joined(connect, combiner, client_kits[:3])
+        forged = controller.offer_of(plan)
+        forged.signature = combiner_kit.sign(b"anything", b"hierfl.plan/1")
+        controller.say(pb.AttachResponse(offer=forged))
+        await until(lambda: "an offer is ignored" in caplog.text)
+        assert combiner.region.region.attempts == {}
+
+
+async def test_an_uplink_that_fails_is_tried_again_under_the_same_key(
+    start_combiner, controller, client_kits, connect, plan
+):
+    controller.refuse_uplinks = 2
+    async with start_combiner() as combiner:
+        clients = await joined(connect, combiner, client_kits[:3])
+        await controller.offer(plan)
+        await asyncio.gather(*(client.until_sealed(plan) for client in clients))
+        key, _, _, _ = await controller.partials.get()
+        assert (key, controller.refuse_uplinks) == (plan.key, 0)
+
+
+async def test_every_crossing_is_in_the_ledger_before_it_and_countersigned_after(
+    start_combiner, controller, client_kits, connect, plan, toy_model, combiner_kit, controller_kit
+):
+    async with start_combiner() as combiner:
+        clients = await joined(connect, combiner, client_kits[:3])
+        await controller.offer(plan)
+        await asyncio.gather(*(client.until_sealed(plan) for client in clients))
+        _, _, _, digest = await controller.partials.get()
+        await until(lambda: combiner.region.region.attempts[plan.key].phase is Phase.SEALED)
+        rows = combiner.region.store.ledger_rows()
+        crossing, outcome = (row.row() for row in rows)
+        assert (crossing.crossing.digest, crossing.crossing.num_sites) == (digest, 3)
+        assert (outcome.outcome.of, outcome.outcome.result) == (1, "acknowledged")
+        keys = {controller_kit.certificate_der: controller_kit.certificate}
+        summary = verify_rows(rows, combiner_kit.ledger.certificate, keys)
+        assert (summary.num_rows, summary.num_crossings, summary.countersigned) == (2, 1, 1)
+
+
+async def test_operators_of_the_region_see_its_clients_by_name(
+    start_combiner, controller, client_kits, connect, operator_kit
+):
+    async with start_combiner(intakes=2) as combiner:
+        await joined(connect, combiner, client_kits[:2])
+        server = Identity("test", RoleName.COMBINER, region="eu")
+        channel = tls.open_channel(operator_kit, combiner.addresses[0], server)
+        stub = rpc.stub(channel, "RegionOperatorService")
+        listed = (await stub.ListClients(pb.ListClientsRequest())).clients
+        await channel.close()
+        assert [(client.site, client.state) for client in listed] == [("site-00", "waiting"), ("site-01", "waiting")]
+
+
+async def test_the_controller_hears_counts_and_no_names(start_combiner, controller, client_kits, connect, plan):
+    async with start_combiner() as combiner:
+        clients = await joined(connect, combiner, client_kits[:3])
+        await controller.offer(plan)
+        await asyncio.gather(*(client.until_sealed(plan) for client in clients))
+        await until(lambda: any(p.phase == "sealed" for r in controller.reports for p in r.progress))
+        last = controller.reports[-1]
+        assert (last.clients_connected, last.sites_connected, last.bytes_from_sites > 3 * 4 * 3000) == (3, 3, True)
+        assert b"site-0" not in b"".join(report.SerializeToString() for report in controller.reports)
+
+
+async def test_a_drain_seals_what_is_enough_and_sends_it(start_combiner, controller, client_kits, connect, plan):
+    async with start_combiner() as combiner:
+        clients = await joined(connect, combiner, client_kits[:4])
+        await controller.offer(plan)
+        await asyncio.gather(*(client.offer() for client in clients))
+        await asyncio.gather(*(client.hand_in(plan) for client in clients[:3]))
+    _, head, _, _ = controller.partials.get_nowait()
+    assert head.num_updates == 3
+
+
+async def until(condition) -> None:
+    """Wait for something that no message announces; each turn of the loop looks again."""
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.01)
