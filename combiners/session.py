@@ -165,8 +165,8 @@ class Session:
             if not self._may_go(sealed, attempt.plan):
                 return
             await host.on_disk(host.store.readdress, digest, key)
-            crossing = await host.on_disk(host.store.crossing, sealed, key, self._destination)
-            sequence, head = await host.on_disk(host.store.append_ledger, crossing, self._ledger_key)
+            crossing = await host.on_disk(host.store.ledger.crossing, sealed, key, self._destination)
+            sequence, head = await host.on_disk(host.store.ledger.append, crossing, self._ledger_key)
         except StaleEpoch:
             raise
         except StorageError as error:
@@ -218,7 +218,7 @@ class Session:
 
     async def _append(self, entry: Outcome | Control) -> None:
         host = self._host
-        await host.on_disk(host.store.append_ledger, entry, self._ledger_key)
+        await host.on_disk(host.store.ledger.append, entry, self._ledger_key)
 
 
 def _reason(code: str) -> Reason:

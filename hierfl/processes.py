@@ -55,7 +55,7 @@ def _belongs(process: psutil.Process, mark: str, session: int) -> bool:
             return False
         if session and os.getsid(process.pid) == session:
             return True
-        value = process.environ().get(MARK, "")
+        value: str = process.environ().get(MARK, "")
         return value == mark or value.startswith(mark + "/")
     return False
 

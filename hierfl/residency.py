@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import SupportsIndex
 
 from hierfl.aggregation import PartialAggregate
 from hierfl.errors import ConfigError, ResidencyError
@@ -100,7 +101,7 @@ class Release:
         self.head = head
         self.partial = partial
 
-    def __reduce__(self) -> str:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> str:
         raise ResidencyError("a release is not copied between processes: only its sealed bytes travel")
 
 

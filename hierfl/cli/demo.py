@@ -21,9 +21,10 @@ from hierfl.errors import ConfigError, PolicyRefused
 
 if TYPE_CHECKING:
     from hierfl.config import FederationConfig
-    from hierfl.digits import Baselines
+    from hierfl.digits import Score
     from hierfl.job import Job
     from hierfl.local import Federation
+    from hierfl.types import Params
     from hierfl.wire import hierfl_pb2 as pb
 
 __all__ = ["demo"]
@@ -36,6 +37,7 @@ APP = "hierfl.digits"
 RESULTS = Path("hierfl-demo")
 """Where the results go without ``--keep``; the next demo replaces them."""
 REPORT = "demo.json"
+POOLED = "pooled"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,37 +148,60 @@ def _folders(keep: Path | None) -> Iterator[tuple[Path, Path]]:
         shutil.copytree(results, RESULTS)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a run came to. Curves hold one score a round, on the held-out test set."""
+
+    run: pb.GetRunResponse
+    status: pb.GetStatusResponse
+    first: Params
+    """Version 0 of the model."""
+    params: Params
+
+
 async def _run(plan: Plan, state: Path, results: Path) -> dict[str, Any]:
     from hierfl.local import serving
 
     started = time.monotonic()
-    config, job = _config(plan), _job(plan)
-    async with serving(config, state, say, restart=False) as federation:
+    async with serving(_config(plan), state, say, restart=False) as federation:
         up = time.monotonic()
-        say(f"everything is up after {up - started:.0f} s; training")
-        run, status, params = await _train(federation, job)
+        say(f"all of it is up after {up - started:.0f} s; training")
+        outcome = await _train(federation, _job(plan))
         trained = time.monotonic()
         say("stopping")
-    say("measuring the model on the held-out test set" + (", and what others reach alone" if plan.baselines else ""))
+    say("measuring the model" + (", and what each region and pooled training reach" if plan.baselines else ""))
+    score, alone = await asyncio.to_thread(_measure, plan, outcome)
+    seconds = {"startup": up - started, "training": trained - up, "total": time.monotonic() - started}
+    report = _report(outcome, score, alone, seconds)
+    _write(results, report, outcome, alone)
+    return report
+
+
+def _measure(plan: Plan, outcome: Outcome) -> tuple[Score, dict[str, list[Score]]]:
+    """The model's score, and the curves of pooled training and of each region alone."""
     from hierfl import digits
 
-    accuracy = await asyncio.to_thread(digits.accuracy, params, plan.seed)
-    alone = await asyncio.to_thread(digits.baselines, plan.grouping, plan.seed, plan.rounds) if plan.baselines else None
-    seconds = {"startup": up - started, "training": trained - up, "total": time.monotonic() - started}
-    report = _report(run, status, accuracy, alone, seconds)
-    _write(results, report, run, params, alone)
-    return report
+    num_sites = plan.regions * plan.clients
+    score = digits.evaluate_params(outcome.params, num_sites, plan.seed)
+    if not plan.baselines:
+        return score, {}
+    groups = {POOLED: list(digits.site_names(num_sites)), **plan.grouping}
+    return score, {
+        name: digits.baseline(
+            outcome.first, sites, num_sites=num_sites, data_seed=plan.seed, rounds=plan.rounds, seed=plan.seed
+        )
+        for name, sites in groups.items()
+    }
 
 
 def _config(plan: Plan) -> FederationConfig:
     from hierfl.config import FederationConfig, RegionConfig, SiteConfig
     from hierfl.types import RegionId, SiteId
 
-    options = {"seed": str(plan.seed), "sites": str(plan.regions * plan.clients)}
     regions = tuple(
         RegionConfig(
             name=RegionId(region),
-            sites=tuple(SiteConfig(name=SiteId(site), app=APP, options=options) for site in sites),
+            sites=tuple(SiteConfig(name=SiteId(site), app=APP) for site in sites),
             intakes=plan.intakes,
             k=plan.k,
             max_share=1.0,
@@ -187,38 +212,42 @@ def _config(plan: Plan) -> FederationConfig:
 
 
 def _job(plan: Plan) -> Job:
+    from hierfl import digits
     from hierfl.job import Arithmetic, Job, JobHead, RoundRules
 
     return Job(
-        job=JobHead(name="digits", app="digits", rounds=plan.rounds, seed=plan.seed),
+        job=JobHead(name="digits", app=digits.NAME, rounds=plan.rounds, seed=plan.seed),
         round=RoundRules(min_regions=plan.regions, min_clients=plan.clients, report_timeout_s=120.0),
         arithmetic=Arithmetic(k=plan.k),
+        app=digits.app_config(plan.regions * plan.clients, plan.seed),
     )
 
 
-async def _train(federation: Federation, job: Job) -> tuple[pb.GetRunResponse, pb.GetStatusResponse, dict[str, Any]]:
+async def _train(federation: Federation, job: Job) -> Outcome:
     """Submit, follow to the end, fetch the model."""
     from hierfl.cli.runs import follow, raise_for_outcome
     from hierfl.client import initial_model
     from hierfl.operator import connect
     from hierfl.pki import Kit
 
-    layout, vectors = await asyncio.to_thread(initial_model, job, app=APP)
+    layout, first = await asyncio.to_thread(initial_model, job, app=APP)
     async with connect(Kit.load(federation.operator_kit), federation.controller_address) as operator:
-        run = await operator.submit(job, await operator.upload_model(layout, vectors))
+        run = await operator.submit(job, await operator.upload_model(layout, first))
         raise_for_outcome(await follow(operator, run))
         newest = max(await operator.models(run), key=lambda model: model.version)
-        layout, vectors = await operator.fetch_model(newest)
-        return await operator.run(run), await operator.status(), layout.unflatten(vectors)
+        fetched_layout, vectors = await operator.fetch_model(newest)
+        return Outcome(
+            run=await operator.run(run),
+            status=await operator.status(),
+            first=layout.unflatten(first),
+            params=fetched_layout.unflatten(vectors),
+        )
 
 
 def _report(
-    run: pb.GetRunResponse,
-    status: pb.GetStatusResponse,
-    accuracy: float,
-    alone: Baselines | None,
-    seconds: Mapping[str, float],
+    outcome: Outcome, score: Score, alone: Mapping[str, list[Score]], seconds: Mapping[str, float]
 ) -> dict[str, Any]:
+    run, status = outcome.run, outcome.status
     shares = [share for item in run.rounds for share in item.regions]
     regions = [
         {
@@ -230,32 +259,33 @@ def _report(
         }
         for region in status.regions
     ]
-    accuracies: dict[str, Any] = {"federated": accuracy}
-    if alone is not None:
-        accuracies |= {"pooled": alone.pooled, "regions": dict(alone.regions)}
+    accuracy: dict[str, Any] = {"federated": score.accuracy}
+    if alone:
+        # a region's best effort: it may stop at its best round, which the federation may not
+        best = {name: max(each.accuracy for each in curve) for name, curve in alone.items()}
+        accuracy |= {"pooled": alone[POOLED][-1].accuracy}
+        accuracy |= {"regions": {name: value for name, value in best.items() if name != POOLED}}
     return {
         "run": run.summary.run,
         "model_sha256": run.summary.model_hash,
         "model_version": run.summary.model_version,
         "rounds": {"committed": run.summary.rounds_committed, "abandoned": run.summary.rounds_abandoned},
-        "accuracy": accuracies,
+        "accuracy": accuracy,
         "regions": regions,
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
     }
 
 
-def _write(
-    results: Path, report: dict[str, Any], run: pb.GetRunResponse, params: dict[str, Any], alone: Baselines | None
-) -> None:
+def _write(results: Path, report: dict[str, Any], outcome: Outcome, alone: Mapping[str, list[Score]]) -> None:
     """The picture, the model, the history and the report."""
-    from hierfl import digits, modelfile
+    from hierfl import modelfile
     from hierfl.cli.runs import round_row, write_history
+    from hierfl.curves import draw
 
-    write_history(results / "history.csv", [round_row(item) for item in run.rounds])
-    modelfile.write(results / "model.safetensors", params, {"hierfl.model_sha256": report["model_sha256"]})
-    curve = [item.metrics["eval_accuracy"] for item in run.rounds if "eval_accuracy" in item.metrics]
-    losses = [item.metrics["train_loss"] for item in run.rounds if "train_loss" in item.metrics]
-    digits.draw(results / "curves.png", curve, losses, report["accuracy"]["federated"], alone)
+    rounds = outcome.run.rounds
+    write_history(results / "history.csv", [round_row(item) for item in rounds])
+    modelfile.write(results / "model.safetensors", outcome.params, {"hierfl.model_sha256": report["model_sha256"]})
+    draw(results / "curves.png", rounds, report["accuracy"]["federated"], alone)
     (results / REPORT).write_text(json.dumps({"schema": "hierfl.demo/1", **report}, indent=2))
 
 

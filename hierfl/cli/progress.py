@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import click
+
 if TYPE_CHECKING:
     from hierfl.wire import hierfl_pb2 as pb
 
@@ -26,13 +28,16 @@ def describe_round(committed: pb.RoundSummary) -> str:
 
 
 class Progress:
-    """Shows snapshots of one run. ``show`` for each; use as a context manager."""
+    """Shows snapshots of one run. ``show`` for each, ``tick`` now and then; use as a context manager.
+
+    In plain lines, what a round waits for is said only if it still waits at the next tick.
+    """
 
     def __init__(self, say: Callable[[str], None] | None = None, live: bool | None = None) -> None:
-        self._say = say or (lambda line: print(line, file=sys.stderr, flush=True))  # noqa: T201  talk of the CLI
+        self._say = say or (lambda line: click.echo(line, err=True))
         self._live = sys.stderr.isatty() if live is None else live
         self._display: Any = None
-        self._waiting_for = ""
+        self._waits = self._said = ""
 
     def __enter__(self) -> Progress:
         if self._live:
@@ -49,13 +54,21 @@ class Progress:
             self._display.__exit__(*exc)
 
     def show(self, snapshot: pb.FollowRunResponse) -> None:
+        """Take a snapshot in; a committed round is said at once."""
+        self._waits = ""
         if snapshot.HasField("committed"):
             self._say(describe_round(snapshot.committed))
+        elif snapshot.waiting_for:
+            about = f"round {snapshot.round}" if snapshot.round else "next round"
+            self._waits = f"{about}: {snapshot.phase}, {snapshot.waiting_for}"
         if self._display is not None:
             self._display.update(self._table(snapshot))
-        elif snapshot.waiting_for and snapshot.waiting_for != self._waiting_for and not snapshot.HasField("committed"):
-            self._say(f"round {snapshot.round}: {snapshot.phase}, {snapshot.waiting_for}")
-        self._waiting_for = snapshot.waiting_for
+
+    def tick(self) -> None:
+        """Say what is waited for, where that is news."""
+        if self._display is None and self._waits not in ("", self._said):
+            self._said = self._waits
+            self._say(self._waits)
 
     @staticmethod
     def _table(snapshot: pb.FollowRunResponse) -> Any:

@@ -17,8 +17,12 @@ from hierfl.errors import ConfigError, RunFailed
 if TYPE_CHECKING:
     from google.protobuf.message import Message
 
+    from hierfl.cli.progress import Progress
     from hierfl.operator import Operator
     from hierfl.wire import hierfl_pb2 as pb
+
+TICK_S = 1.0
+"""How long a round may wait before it is said for what."""
 
 __all__ = ["follow", "message_document", "raise_for_outcome", "runs"]
 
@@ -55,15 +59,25 @@ async def follow(operator: Operator, run: str) -> pb.RunSummary:
     summary = (await operator.run(run)).summary
     try:
         with Progress() as progress:
-            async for snapshot in operator.follow(run):
-                summary = snapshot.summary
-                progress.show(snapshot)
-                if summary.state == "paused":
-                    break
+            ticking = asyncio.create_task(_tick(progress))
+            try:
+                async for snapshot in operator.follow(run):
+                    summary = snapshot.summary
+                    progress.show(snapshot)
+                    if summary.state == "paused":
+                        break
+            finally:
+                ticking.cancel()
     except asyncio.CancelledError:
         say(f"detached; the run goes on. Back to it: `hierfl status {run} -w`; its end: `hierfl runs cancel {run}`")
         raise
     return summary
+
+
+async def _tick(progress: Progress) -> None:
+    while True:
+        await asyncio.sleep(TICK_S)
+        progress.tick()
 
 
 @click.group()

@@ -253,7 +253,7 @@ async def test_every_crossing_is_in_the_ledger_before_it_and_countersigned_after
         await asyncio.gather(*(client.until_sealed(plan) for client in clients))
         _, _, _, digest = await controller.partials.get()
         await until(lambda: combiner.region.region.attempts[plan.key].phase is Phase.SEALED)
-        rows = combiner.region.store.ledger_rows()
+        rows = combiner.region.store.ledger.signed_rows()
         crossing, outcome = (row.row() for row in rows)
         assert (crossing.crossing.digest, crossing.crossing.num_sites) == (digest, 3)
         assert (outcome.outcome.of, outcome.outcome.result) == (1, "acknowledged")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-
 from federations import job, noisy_app
 
 SITES = [f"site-{number:02d}" for number in range(12)]
