@@ -22,11 +22,12 @@ import ray
 from ray.exceptions import RayActorError
 
 from combiners.desk import IntakeSettings
-from combiners.host import RegionHost, RegionSettings
+from combiners.host import RegionHost
 from combiners.intake import IntakeHost
 from combiners.messages import ClientView, HandOver, IntakePort, Model, Opening, Registration, Tick, TickReply
+from combiners.settings import RegionSettings
 from hierfl import observe
-from hierfl.errors import PortInUse, StoreLocked, Unreachable
+from hierfl.errors import HierFLError, PortInUse, StoreLocked, Unreachable
 from hierfl.pki import Kit
 from hierfl.receipts import Receipt
 from hierfl.types import AttemptKey, ClientRef, ModelHash
@@ -97,7 +98,16 @@ class RegionActor:
             host.start()
             return host
 
-        self._host = self._loop.wait(_patiently(make, StoreLocked))
+        self._failure: HierFLError | None = None
+        try:
+            self._host = self._loop.wait(_patiently(make, StoreLocked))
+        except HierFLError as error:
+            self._failure = error  # told by ``ready``: Ray keeps only the text of what __init__ raises
+
+    async def ready(self) -> None:
+        """Raises what kept the Region from starting."""
+        if self._failure is not None:
+            raise self._failure
 
     async def register(self, name: str, address: str, intake: Any) -> Registration:
         return await self._loop.run(self._host.register(name, address, _IntakeOverRay(intake)))
@@ -113,6 +123,7 @@ class RegionActor:
 
     async def failed(self) -> None:
         """Waits; raises what the region cannot go on after."""
+        await self.ready()
 
         async def wait() -> None:
             await asyncio.shield(self._host.failed)
@@ -178,10 +189,18 @@ class IntakeActor:
             host.failed.add_done_callback(_end_process)
             return host
 
-        self._host = self._loop.wait(_patiently(make, PortInUse))
+        self._failure: HierFLError | None = None
+        try:
+            self._host = self._loop.wait(_patiently(make, PortInUse))
+        except HierFLError as error:
+            self._failure = error
+            if _restarted():
+                os._exit(1)  # Ray tries again
 
-    async def address(self) -> str:
-        return self._host.address
+    async def ready(self) -> None:
+        """Raises what kept the intake from starting."""
+        if self._failure is not None:
+            raise self._failure
 
     async def open(self, opening: Opening) -> None:
         await self._loop.run(self._host.open(opening))

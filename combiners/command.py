@@ -93,7 +93,7 @@ def serve(
       hierfl combiner serve --kit KIT --dir DIR --intakes 2 --listen 0.0.0.0:4433 --listen 0.0.0.0:4434
       hierfl combiner serve --kit KIT --dir DIR --ray-address auto --listen 0.0.0.0:4433
     """
-    from combiners.host import RegionSettings
+    from combiners.settings import RegionSettings
     from combiners.supervisor import CombinerSettings
     from hierfl.residency import ZonePolicy
 

@@ -48,7 +48,7 @@ __all__ = ["Desk", "IntakeSettings"]
 
 RETRY_S = 0.5
 """A claim that has to wait for a seal is made again after so long, if nothing was heard."""
-RETRY_AFTER_MS = 250
+RETRY_AFTER_MS = 500
 MODELS_KEPT = 2
 
 

@@ -8,23 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
-import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from combiners.attempt import Phase
-from combiners.cohort import Standing
 from combiners.events import (
     Abstain,
     AskAgain,
-    ClientDeclined,
-    ClientJoined,
-    ClientLeft,
     CloseAtIntakes,
     Drained,
     Event,
@@ -32,8 +25,6 @@ from combiners.events import (
     Freeze,
     HandedOver,
     Instruction,
-    IntakeJoined,
-    IntakeVoid,
     ModelFailed,
     ModelReady,
     OpenAtIntakes,
@@ -47,66 +38,38 @@ from combiners.events import (
     Tell,
     Timer,
     TimerFired,
-    UpdateFolded,
-    UpdateLetGo,
     VoidIntake,
 )
 from combiners.messages import (
-    Answer,
-    Claim,
-    ClaimAnswer,
     ClientView,
     HandOver,
     IntakePort,
     Model,
     Opening,
-    Outcome,
     Registration,
-    Report,
     Tick,
     TickReply,
 )
 from combiners.models import ModelShelf
-from combiners.ports import IntakeLine
+from combiners.reception import Reception
 from combiners.region import Region
 from combiners.sealing import make_sealed, updates_root
 from combiners.session import Session
+from combiners.settings import RegionSettings
 from combiners.uplink import Uplink
 from combiners.zone import ZoneStore
 from hierfl import observe
 from hierfl.errors import ConfigError, HierFLError, ResidencyError, StaleEpoch, StorageError
 from hierfl.pki import Kit, RoleName
-from hierfl.receipts import Reason, Receipt, ReceiptState
-from hierfl.residency import ZonePolicy
-from hierfl.types import AttemptKey, ClientRef, ModelHash, RegionId, UpdateKey
+from hierfl.receipts import Reason, Receipt
+from hierfl.types import AttemptKey, ModelHash, RegionId
 from hierfl.wire import hierfl_pb2 as pb
-from hierfl.wire.convert import key_to_proto
 
 __all__ = ["RegionHost", "RegionSettings"]
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-REFUSED_FOR_GOOD = (Reason.LATE, Reason.WEIGHT_SHARE, Reason.TOO_FEW_SITES, Reason.DOMINATED, Reason.STORAGE)
-"""Refusals of a claim that are last words on its update; the others are errors of the request."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RegionSettings:
-    """What a region is started with."""
-
-    policy: ZonePolicy = field(default_factory=ZonePolicy)
-    grace_s: float = 6.0
-    """Seconds without its stream after which a client is not waited for, once enough are in."""
-    freeze_s: float = 30.0
-    """Seconds in which an intake has to answer; one that does not is void."""
-    intake_silence_s: float = 15.0
-    """Seconds without a tick after which an intake is void."""
-    capacity: int = 8
-    """Runs served at once."""
-    keep_partials: int = 2
-    """Judged partials whose bytes are kept, for another run over the same base and task."""
 
 
 class RegionHost:
@@ -136,21 +99,19 @@ class RegionHost:
             capacity=settings.capacity,
         )
         self.session = Session(self)
+        self.reception = Reception(self)
         self.uplink = Uplink(kit, addresses, self.session)
         self.models = ModelShelf(self.uplink.fetch_model, self.name)
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Ends with the error after which this region cannot go on."""
-        self.lines: dict[str, IntakeLine] = {}
         self._disk = ThreadPoolExecutor(1, "zone")
         self._kernels = ThreadPoolExecutor(2, "seal")
-        self._numbers = itertools.count(1)
         self._timers: dict[Timer, asyncio.TimerHandle] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._sealing: set[asyncio.Task[None]] = set()
         self._sending: dict[AttemptKey, asyncio.Task[None]] = {}
         self._handed: dict[tuple[str, str], HandOver] = {}
         self._waits: dict[AttemptKey, observe.Span] = {}
-        self._joined_at_s: dict[ClientRef, float] = {}
         self._settled = asyncio.Event()
 
     # ------------------------------------------------------------ life
@@ -158,7 +119,7 @@ class RegionHost:
     def start(self) -> None:
         """Attach to the controller and watch the intakes."""
         self.spawn(self.uplink.run())
-        self.spawn(self._watch_intakes())
+        self.spawn(self.reception.watch())
 
     async def drain(self, timeout_s: float) -> None:
         """Seal and send what can be; hand the rest back. Waits for at most ``timeout_s``."""
@@ -168,7 +129,7 @@ class RegionHost:
                 while any(self._is_busy(attempt.phase) for attempt in self.region.attempts.values()):
                     self._settled.clear()
                     await self._settled.wait()
-                await asyncio.gather(*(line.drained() for line in self.lines.values()))
+                await asyncio.gather(*(line.drained() for line in self.reception.lines.values()))
 
     @staticmethod
     def _is_busy(phase: Phase) -> bool:
@@ -178,7 +139,7 @@ class RegionHost:
         """Let go of everything; the store is closed last."""
         for handle in self._timers.values():
             handle.cancel()
-        for line in list(self.lines.values()):
+        for line in list(self.reception.lines.values()):
             await line.close()
         tasks = [*self._tasks]
         for task in tasks:
@@ -220,6 +181,15 @@ class RegionHost:
         while self._sealing:
             await asyncio.wait(self._sealing)
 
+    def progressed(self) -> None:
+        """Something that the controller shows has changed."""
+        self.uplink.progressed()
+
+    @property
+    def is_informed(self) -> bool:
+        """Whether the controller has said, since this start, which attempts are open."""
+        return self.session.is_informed
+
     # ------------------------------------------------------------ decide and carry out
 
     def apply(self, *events: Event) -> None:
@@ -236,7 +206,7 @@ class RegionHost:
             case OpenAtIntakes():
                 self._open(instruction)
             case AskAgain():
-                self._at_intakes(lambda port: port.ask_again(instruction.key, instruction.clients))
+                self.reception.at_intakes(lambda port: port.ask_again(instruction.key, instruction.clients))
             case CloseAtIntakes():
                 self._close(instruction.key, instruction.reason)
             case SetTimer():
@@ -246,10 +216,10 @@ class RegionHost:
                 for incarnation in instruction.incarnations:
                     self.spawn(self._freeze(incarnation, instruction.key, instruction.seal_id))
             case Resume():
-                self._at_intakes(lambda port: port.resume(instruction.key, instruction.seal_id))
+                self.reception.at_intakes(lambda port: port.resume(instruction.key, instruction.seal_id))
             case VoidIntake():
                 logger.error("intake %s handed over what it had not claimed; it is void", instruction.incarnation)
-                self._drop_line(instruction.incarnation)
+                self.reception.drop(instruction.incarnation)
             case Seal():
                 self._sealing.add(self.spawn(self._seal(instruction)))
             case SendPartial():
@@ -265,10 +235,6 @@ class RegionHost:
             case Tell():
                 self.spawn(self._tell(instruction.receipts))
 
-    def _at_intakes(self, call: Callable[[IntakePort], Coroutine[Any, Any, None]]) -> None:
-        for line in self.lines.values():
-            line.call(call)
-
     def _open(self, instruction: OpenAtIntakes) -> None:
         offer = pb.Offer.FromString(instruction.offer)
         if instruction.key not in self._waits:
@@ -277,11 +243,11 @@ class RegionHost:
             )
         offer.traceparent = self._waits[instruction.key].traceparent or offer.traceparent
         opening = Opening(key=instruction.key, offer=offer.SerializeToString())
-        self._at_intakes(lambda port: port.open(opening))
+        self.reception.at_intakes(lambda port: port.open(opening))
 
     def _close(self, key: AttemptKey, reason: Reason) -> None:
         self._end_wait(key)
-        self._at_intakes(lambda port: port.close(key, reason))
+        self.reception.at_intakes(lambda port: port.close(key, reason))
 
     def _end_wait(self, key: AttemptKey) -> None:
         span = self._waits.pop(key, None)
@@ -314,7 +280,7 @@ class RegionHost:
         return pb.Offer.FromString(attempt.offer).traceparent if attempt is not None else ""
 
     async def _freeze(self, incarnation: str, key: AttemptKey, seal_id: str) -> None:
-        line = self.lines.get(incarnation)
+        line = self.reception.lines.get(incarnation)
         if line is None:
             return
         try:
@@ -342,7 +308,7 @@ class RegionHost:
             logger.error("%s: the partial could not be sealed: %s", key, error)
             self.apply(SealFailed(key, _reason_of(error)))
             return
-        self.deliver(instruction.receipts)
+        self.reception.deliver(instruction.receipts)
         self.apply(PartialSealed(key, digest))
 
     async def _write_seal(self, instruction: Seal, hand_overs: list[HandOver]) -> str:
@@ -371,158 +337,25 @@ class RegionHost:
         except StorageError as error:
             logger.error("%d last words could not be written; their clients will ask: %s", len(receipts), error)
             return
-        self.deliver(receipts)
-
-    def deliver(self, receipts: tuple[Receipt, ...]) -> None:
-        """Push receipts to the clients that wait; the others ask."""
-        if receipts:
-            self._at_intakes(lambda port: port.deliver(receipts))
+        self.reception.deliver(receipts)
 
     # ------------------------------------------------------------ RegionPort
 
     async def register(self, name: str, address: str, port: IntakePort) -> Registration:
-        """A new incarnation of intake ``name``; the one before, if any, is void."""
-        for line in [line for line in self.lines.values() if line.name == name]:
-            self._lost(line.incarnation)
-        incarnation = f"{self.store.region_epoch}.{next(self._numbers)}"
-        self.lines[incarnation] = IntakeLine(
-            name, incarnation, address, port, timeout_s=self.settings.freeze_s, on_lost=self._lost
-        )
-        self.apply(IntakeJoined(incarnation))
-        return Registration(incarnation=incarnation, openings=self.region.openings())
-
-    def _lost(self, incarnation: str) -> None:
-        if incarnation in self.lines:
-            logger.warning("intake %s is void; its clients are asked again", self.lines[incarnation].name)
-            self._drop_line(incarnation)
-            self.apply(IntakeVoid(incarnation))
-
-    def _drop_line(self, incarnation: str) -> None:
-        line = self.lines.pop(incarnation, None)
-        if line is not None:
-            self.spawn(line.close())
-
-    async def _watch_intakes(self) -> None:
-        """An intake ticks every second; one that has not for long is void."""
-        silence_s = self.settings.intake_silence_s
-        while True:
-            await asyncio.sleep(silence_s / 4)
-            now_s = time.monotonic()
-            for line in list(self.lines.values()):
-                if now_s - line.heard_at_s > silence_s:
-                    self._lost(line.incarnation)
+        return await self.reception.register(name, address, port)
 
     async def tick(self, incarnation: str, tick: Tick) -> TickReply:
-        """Everything that waits at an intake, in one call."""
-        line = self.lines.get(incarnation)
-        if line is None:
-            return TickReply(known=False)
-        line.heard_at_s, line.bytes_in, line.bytes_out = time.monotonic(), tick.bytes_in, tick.bytes_out
-        events = [*self._connection_events(incarnation, tick), *(_event_of(incarnation, one) for one in tick.reports)]
-        if events:
-            self.apply(*events)
-        answers = [await self._answer(self.region.claim(incarnation, claim), claim) for claim in tick.claims]
-        told = [await self._told(key) for key in tick.asks]
-        if tick.claims:
-            self.uplink.progressed()
-        return TickReply(known=True, answers=tuple(answers), told=tuple(told))
+        return await self.reception.tick(incarnation, tick)
 
-    def _connection_events(self, incarnation: str, tick: Tick) -> list[Event]:
-        events: list[Event] = []
-        for one in tick.connections:
-            if one.joined:
-                self._joined_at_s.setdefault(one.client, time.monotonic())
-                events.append(ClientJoined(incarnation=incarnation, client=one.client, apps=one.apps))
-            else:
-                self._joined_at_s.pop(one.client, None)
-                events.append(ClientLeft(incarnation=incarnation, client=one.client))
-        return events
-
-    async def _answer(self, answer: ClaimAnswer, claim: Claim) -> ClaimAnswer:
-        """A refusal for good is a receipt, durable before it is said; an update sealed before has one already."""
-        if answer.answer is not Answer.REFUSED or answer.reason is Reason.DIGEST_CONFLICT:
-            return answer
-        known = await self.on_disk(self.store.receipt, claim.key)
-        if known is None and answer.reason in REFUSED_FOR_GOOD:
-            known = Receipt(
-                key=claim.key, digest=claim.digest, state=ReceiptState.NOT_COUNTED, reason=answer.reason or ""
-            )
-            await self.on_disk(self.store.record, [known])
-        if known is None:
-            return self._patient(answer)
-        return ClaimAnswer(key=claim.key, answer=Answer.KNOWN, receipt=known)
-
-    async def _told(self, key: UpdateKey) -> ClaimAnswer:
-        known = await self.on_disk(self.store.receipt, key)
-        if known is not None:
-            return ClaimAnswer(key=key, answer=Answer.KNOWN, receipt=known)
-        return self._patient(self.region.ask(key))
-
-    def _patient(self, answer: ClaimAnswer) -> ClaimAnswer:
-        """Before the controller has said what is open, nothing is closed."""
-        if answer.reason is Reason.UNKNOWN_ATTEMPT and not self.session.is_informed:
-            return ClaimAnswer(key=answer.key, answer=Answer.LATER)
-        return answer
+    async def clients(self) -> tuple[ClientView, ...]:
+        return self.reception.clients()
 
     async def model(self, model_hash: ModelHash) -> Model | None:
         return await self.models.find(model_hash)
 
-    async def clients(self) -> tuple[ClientView, ...]:
-        now_s = time.monotonic()
-        return tuple(
-            ClientView(
-                client=client,
-                apps=tuple(sorted({app for apps in at.values() for app in apps}, key=lambda app: app.name)),
-                state=self._state_of(client),
-                connected_for_s=now_s - self._joined_at_s.get(client, now_s),
-            )
-            for client, at in sorted(self.region.connected.items())
-        )
-
-    def _state_of(self, client: ClientRef) -> str:
-        words = {Standing.EXPECTED: "working", Standing.CLAIMED: "uploading", Standing.FOLDED: "reported"}
-        for attempt in self.region.attempts.values():
-            member = attempt.cohort.members.get(client)
-            if attempt.phase.collects and member is not None and member.standing in words:
-                return words[member.standing]
-        return "waiting"
-
-    # ------------------------------------------------------------ what the controller is told
-
-    def report_request(self) -> pb.ReportRequest:
-        """Counts only: no name leaves."""
-        connected = self.region.connected
-        return pb.ReportRequest(
-            region_epoch=self.store.region_epoch,
-            progress=[
-                pb.AttemptProgress(
-                    key=key_to_proto(attempt.key),
-                    phase=attempt.phase.word,
-                    clients_ready=len(self.region.ready(attempt.plan)),
-                    clients_reported=len(attempt.cohort.with_standing(Standing.FOLDED)),
-                    cohort=len(attempt.cohort.members),
-                )
-                for attempt in self.region.attempts.values()
-            ],
-            clients_connected=len(connected),
-            sites_connected=len({client.site for client in connected}),
-            bytes_from_sites=sum(line.bytes_in for line in self.lines.values()),
-            bytes_to_sites=sum(line.bytes_out for line in self.lines.values()),
-        )
-
 
 def _attributes(key: AttemptKey) -> dict[str, str | int]:
     return {"run": key.run, "round": key.round, "attempt": key.attempt, "task": key.task.value}
-
-
-def _event_of(incarnation: str, report: Report) -> Event:
-    match report.outcome:
-        case Outcome.FOLDED:
-            return UpdateFolded(incarnation, report.key)
-        case Outcome.LET_GO:
-            return UpdateLetGo(incarnation, report.key)
-        case Outcome.DECLINED | Outcome.INVALID:
-            return ClientDeclined(report.key)
 
 
 def _reason_of(error: HierFLError) -> Reason:

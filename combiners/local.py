@@ -11,8 +11,9 @@ from pathlib import Path
 from types import TracebackType
 
 from combiners.desk import IntakeSettings
-from combiners.host import RegionHost, RegionSettings
+from combiners.host import RegionHost
 from combiners.intake import IntakeHost
+from combiners.settings import RegionSettings
 from hierfl.pki import Kit
 
 __all__ = ["LocalCombiner"]

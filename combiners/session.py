@@ -6,6 +6,7 @@ durable before the bytes of a partial leave, and another says what came of them.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -36,6 +37,8 @@ __all__ = ["Session"]
 logger = logging.getLogger(__name__)
 
 ACKNOWLEDGED = "acknowledged"
+INFORMED_S = 2.0
+"""Seconds after attaching within which the controller has sent every open offer."""
 
 
 class Session:
@@ -61,10 +64,14 @@ class Session:
         )
 
     def report_request(self) -> pb.ReportRequest:
-        return self._host.report_request()
+        return self._host.reception.report_request()
 
     async def attached(self) -> None:
-        return None
+        """What is open is said right after this: from then on, what was not said is closed."""
+        asyncio.get_running_loop().call_later(INFORMED_S, self._inform)
+
+    def _inform(self) -> None:
+        self.is_informed = True
 
     async def detached(self, control: Control) -> None:
         """One ledger row for the session's control traffic; none where nothing went out."""
@@ -75,11 +82,10 @@ class Session:
         """Take a plan whose signature holds; refuse, in words of the table, one that cannot be obeyed."""
         host = self._host
         await host.writes_done()
+        known_epoch = await host.on_disk(lambda: host.store.leader_epoch)
         try:
             with observe.remote_parent(offer.traceparent), observe.span(observe.SPAN_PLAN, region=host.name) as span:
-                plan = accept_offer(
-                    offer, host.kit.identity, host.kit.trust, host.store.leader_epoch, datetime.now(UTC)
-                )
+                plan = accept_offer(offer, host.kit.identity, host.kit.trust, known_epoch, datetime.now(UTC))
                 span.set(run=plan.run, round=plan.round, attempt=plan.attempt, task=plan.task.kind.value)
                 await host.on_disk(host.store.raise_leader_epoch, offer.leader_epoch)
         except Refused as error:
@@ -88,7 +94,7 @@ class Session:
         except (IdentityError, StaleEpoch) as error:
             logger.error("an offer is ignored: %s", error)
         else:
-            self.is_informed = True
+            self._inform()
             host.apply(OfferTaken(plan=plan, offer=offer.SerializeToString()))
 
     async def _abstain_from(self, offer: pb.Offer) -> None:
@@ -122,7 +128,7 @@ class Session:
         receipts = await host.on_disk(
             host.store.settle, key, event, version=verdict.model_version, reason=_reason(verdict.reason)
         )
-        host.deliver(tuple(receipts))
+        host.reception.deliver(tuple(receipts))
         for base, task in await host.on_disk(host.store.prune, host.settings.keep_partials):
             host.apply(PartialPruned(base, task))
 

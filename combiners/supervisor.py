@@ -8,23 +8,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import logging
 import os
 import secrets
 import shutil
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from combiners.desk import IntakeSettings
-from combiners.host import RegionSettings
 from combiners.leftovers import adopt_orphans, clean_up, clean_up_predecessor, make_temporary
+from combiners.settings import RegionSettings
 from hierfl.config import Address
-from hierfl.errors import ConfigError, HierFLError, PortInUse, StoreLocked, Unreachable
+from hierfl.errors import ConfigError, HierFLError, PortInUse, StorageError, StoreLocked, Unreachable
 from hierfl.pki import Kit
 
 __all__ = ["Combiner", "CombinerSettings", "run_combiner"]
@@ -145,8 +146,7 @@ async def run_combiner(
     controllers = settings.controllers or kit.addresses
     if not controllers:
         raise ConfigError("--controller", None, "is needed: the kit names no controller either")
-    settings.directory.mkdir(parents=True, exist_ok=True)
-    with _ray(settings, f"{NAMESPACE}.{kit.identity.federation}.{kit.identity.region}"):
+    with _alone(settings.directory), _ray(settings, f"{NAMESPACE}.{kit.identity.federation}.{kit.identity.region}"):
         on_ray()
         combiner = await _start(settings, controllers)
         try:
@@ -156,7 +156,29 @@ async def run_combiner(
 
 
 @contextlib.contextmanager
-def _ray(settings: CombinerSettings, namespace: str) -> Any:
+def _alone(directory: Path) -> Iterator[None]:
+    """One combiner at a time works in ``directory``; the other one hears of it before it has started anything."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(directory / "serve.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise StorageError(f"{directory} cannot be used: {error.strerror}; check --dir") from None
+    try:
+        _lock(descriptor, directory)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, directory: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise StoreLocked(f"another combiner works in {directory}; stop that one, or give --dir another") from None
+
+
+@contextlib.contextmanager
+def _ray(settings: CombinerSettings, namespace: str) -> Iterator[None]:
     """The cluster, for as long as the block lasts; in it stdout is stderr, since Ray prints where it likes."""
     stdout = sys.stdout
     sys.stdout = sys.stderr
@@ -169,7 +191,7 @@ def _ray(settings: CombinerSettings, namespace: str) -> Any:
 
 
 @contextlib.contextmanager
-def _joined(settings: CombinerSettings, namespace: str) -> Any:
+def _joined(settings: CombinerSettings, namespace: str) -> Iterator[None]:
     import ray
 
     try:
@@ -185,7 +207,7 @@ def _joined(settings: CombinerSettings, namespace: str) -> Any:
 
 
 @contextlib.contextmanager
-def _own(settings: CombinerSettings, namespace: str) -> Any:
+def _own(settings: CombinerSettings, namespace: str) -> Iterator[None]:
     note = settings.directory / "ray.json"
     clean_up_predecessor(note)
     adopt_orphans()
@@ -269,26 +291,14 @@ async def _start_intake(
 
 
 async def _made(handle: Any) -> None:
-    """Wait until an actor is made; the error of its ``__init__`` is raised as itself."""
-    from ray.exceptions import ActorDiedError, RayTaskError
+    """Wait until an actor serves; what kept it from that is raised as itself."""
+    from ray.exceptions import RayTaskError
 
     try:
-        await handle.__ray_ready__.remote()
+        await handle.ready.remote()
     except RayTaskError as error:
-        raise _cause(error) from None
-    except ActorDiedError as error:
-        cause = _cause(error)
-        raise cause from None
-
-
-def _cause(error: BaseException) -> BaseException:
-    """The error of ours inside one of Ray's."""
-    inner: BaseException | None = error
-    while inner is not None:
-        if isinstance(inner, HierFLError):
-            return inner
-        inner = getattr(inner, "cause", None) or inner.__cause__
-    return error
+        cause = getattr(error, "cause", None)
+        raise cause if isinstance(cause, HierFLError) else error from None
 
 
 def _free_port(host: str) -> int:

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from combiners.messages import Claim
 from combiners.ledger import LedgerBook
+from combiners.messages import Claim
 from combiners.sealed import Sealed, read_sealed, write_sealed
 from combiners.zonefile import ZoneFile, storage_errors
 from hierfl.errors import StaleEpoch

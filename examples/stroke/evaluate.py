@@ -1,4 +1,4 @@
-"""How good are risks, at each hospital and on average over hospitals, and how sure is that.
+"""How good risks are, at each hospital and on average over hospitals, and how sure that is.
 
 Every figure is a mean over hospitals, each counting the same, of what it is at one hospital; only the
 calibration slope is of all patients together, since a hospital has too few for a slope of its own.
@@ -19,15 +19,16 @@ from logistic import log_loss, logit, sigmoid
 
 from hierfl.types import Float64Array
 
-__all__ = ["METRICS", "Estimate", "Judge", "auc"]
+__all__ = ["METRICS", "Estimate", "Judge", "auc", "estimate", "slopes"]
 
 Risks = Mapping[str, Float64Array]
 """Predicted risk of each held-out patient, by site."""
 
 METRICS = ("auc", "log_loss", "calibration_error", "calibration_slope")
-"""``auc``: 0.5 is chance, 1 perfect. ``log_loss``: nats a patient, less is better. ``calibration_error``: how far a
-hospital's mean predicted risk is from its rate of bad outcomes, 0 is best. ``calibration_slope``: 1 is best, below 1
-the risks are too extreme."""
+"""``auc``: 0.5 is chance, 1 perfect. ``log_loss``: nats a patient, less is better. ``calibration_error``: how far
+a hospital's mean predicted risk is from its own rate of bad outcomes, root mean square over hospitals, 0 is best; what
+chance alone adds to that, in hospitals of so few patients, is taken off. ``calibration_slope``: 1 is best, below 1 the
+risks are too extreme."""
 
 BOUNDS = (2.5, 97.5)
 """Percentiles of an interval."""
@@ -80,6 +81,7 @@ class Judge:
             name: _mean(np.stack([site[name] for site in by_site], axis=1), counts)
             for name in ("auc", "log_loss", "calibration_error")
         }
+        found["calibration_error"] = np.sqrt(np.maximum(found["calibration_error"], 0.0))
         weights = [self._patients[site] * counts[:, [n]] for n, site in enumerate(self.outcomes)]
         all_risks = np.concatenate([risks[site] for site in self.outcomes])
         all_outcomes = np.concatenate(list(self.outcomes.values()))
@@ -90,8 +92,16 @@ class Judge:
         return {
             "auc": auc(risks, outcomes, weights),
             "log_loss": weights @ log_loss(risks, outcomes) / len(outcomes),
-            "calibration_error": np.abs(weights @ (risks - outcomes)) / len(outcomes),
+            "calibration_error": _squared_error(risks - outcomes, weights),
         }
+
+
+def _squared_error(errors: Float64Array, weights: Float64Array) -> Float64Array:
+    """Square of the mean error in each draw, without what chance adds: once, and once more by drawing again."""
+    chance = errors.var(ddof=1) / len(errors) if len(errors) > 1 else 0.0
+    times = np.where(np.arange(len(weights)) == 0, 1.0, 2.0)
+    squared: Float64Array = (weights @ errors / len(errors)) ** 2 - times * chance
+    return squared
 
 
 def estimate(draws: Float64Array) -> Estimate:

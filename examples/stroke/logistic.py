@@ -13,6 +13,8 @@ MOST_LOGIT = 30.0
 LEAST_RISK = 1e-6
 MOST_STEPS = 100
 CLOSE_ENOUGH = 1e-10
+FREE = 0.1
+"""Ridge of an intercept: next to none, but where all patients had one outcome there still is an optimum."""
 
 
 def sigmoid(logits: Float64Array) -> Float64Array:
@@ -53,7 +55,7 @@ def fit(sample: Sample, ridge: float, groups: np.ndarray | None = None) -> tuple
     """Minimise the summed log loss plus ``ridge / 2`` times the squared coefficients, by Newton's method.
 
     Args:
-        ridge: Above 0. A normal prior of variance ``1 / ridge`` on each coefficient; intercepts have none to speak of.
+        ridge: Above 0. A normal prior of variance ``1 / ridge`` on each coefficient; intercepts are next to free.
         groups: Group of each patient, 0 to g - 1, each with an intercept of its own. Without: one for all.
     Returns:
         Coefficients, and intercepts of shape ``(g,)``.
@@ -61,19 +63,16 @@ def fit(sample: Sample, ridge: float, groups: np.ndarray | None = None) -> tuple
     groups = np.zeros(len(sample), int) if groups is None else groups
     num_groups, num_inputs = int(groups.max()) + 1, sample.inputs.shape[1]
     design = np.hstack([sample.inputs, np.eye(num_groups)[groups]])
-    penalty = np.array([ridge] * num_inputs + [1e-6] * num_groups)  # a group of one outcome still has an optimum
+    penalty = np.array([ridge] * num_inputs + [FREE] * num_groups)
     start = np.append(np.zeros(num_inputs), logit(_rates(sample.outcomes, groups)))
     values = _newton(design, sample.outcomes, penalty, start, np.zeros(len(sample)))
     return values[:num_inputs], values[num_inputs:]
 
 
-def fit_intercept(sample: Sample, coefficients: Float64Array, ridge: float) -> float:
-    """What a hospital does with a model that came without an intercept: fit that alone, on its own patients.
-
-    ``ridge`` holds it near 0, where the inputs' centre has even odds.
-    """
+def fit_intercept(sample: Sample, coefficients: Float64Array) -> float:
+    """What a hospital does with a model that came without an intercept: fit that alone, on its own patients."""
     ones, offset = np.ones((len(sample), 1)), sample.inputs @ coefficients
-    return float(_newton(ones, sample.outcomes, np.array([ridge]), np.zeros(1), offset)[0])
+    return float(_newton(ones, sample.outcomes, np.array([FREE]), np.zeros(1), offset)[0])
 
 
 def _rates(outcomes: Float64Array, groups: np.ndarray) -> Float64Array:
@@ -84,7 +83,7 @@ def _rates(outcomes: Float64Array, groups: np.ndarray) -> Float64Array:
 def _newton(
     design: Float64Array, outcomes: Float64Array, penalty: Float64Array, values: Float64Array, offset: Float64Array
 ) -> Float64Array:
-    """Newton's method with its step halved while the loss rises."""
+    """Newton's method, a step halved while the loss would rise."""
 
     def loss(at: Float64Array) -> float:
         risks = sigmoid(design @ at + offset)

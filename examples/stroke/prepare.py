@@ -214,20 +214,17 @@ def _levels(column: str, values: list[str]) -> list[Float64Array]:
 # --- training and held-out patients
 
 
-def is_held_out(outcomes: Float64Array, share: float, seed: int, site: str) -> np.ndarray:
-    """Which patients are kept for measuring, boolean of shape ``(n,)``; about ``share`` of each outcome.
+def is_held_out(num_patients: int, share: float, seed: int, site: str) -> np.ndarray:
+    """Which patients are kept for measuring, boolean of shape ``(n,)``.
 
-    Depends on the seed and the site's name only, so that a hospital and who measures agree without a word.
+    Depends on the seed and the site's name only, so that a hospital and who measures agree without a word;
+    and not on outcomes: a split that kept their rate would make each hospital's rate too easy to guess.
     """
-    rng = np.random.default_rng([seed, crc32(site.encode())])
-    held_out = np.zeros(len(outcomes), bool)
-    for outcome in (0.0, 1.0):
-        patients = rng.permutation(np.flatnonzero(outcomes == outcome))
-        held_out[patients[: round(share * len(patients))]] = True
-    return held_out
+    chosen = np.random.default_rng([seed, crc32(site.encode())]).permutation(num_patients)
+    return np.isin(np.arange(num_patients), chosen[: round(share * num_patients)])
 
 
 def split(sample: Sample, share: float, seed: int, site: str) -> tuple[Sample, Sample]:
     """Training and held-out patients of one hospital."""
-    held_out = is_held_out(sample.outcomes, share, seed, site)
+    held_out = is_held_out(len(sample), share, seed, site)
     return sample[~held_out], sample[held_out]

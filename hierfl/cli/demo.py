@@ -143,20 +143,19 @@ def _folders(keep: Path | None) -> Iterator[tuple[Path, Path]]:
         results.mkdir()
         yield Path(folder) / STATE_DIR, results
         for traces in (Path(folder) / STATE_DIR).glob("**/traces"):
-            shutil.copytree(traces, results / traces.relative_to(folder))
+            shutil.copytree(traces, results / traces.relative_to(Path(folder) / STATE_DIR))
         shutil.rmtree(RESULTS, ignore_errors=True)
         shutil.copytree(results, RESULTS)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a run came to. Curves hold one score a round, on the held-out test set."""
+    """What a run came to."""
 
     run: pb.GetRunResponse
     status: pb.GetStatusResponse
-    first: Params
-    """Version 0 of the model."""
-    params: Params
+    models: tuple[Params, ...]
+    """By version; the first is version 0."""
 
 
 async def _run(plan: Plan, state: Path, results: Path) -> dict[str, Any]:
@@ -170,25 +169,23 @@ async def _run(plan: Plan, state: Path, results: Path) -> dict[str, Any]:
         trained = time.monotonic()
         say("stopping")
     say("measuring the model" + (", and what each region and pooled training reach" if plan.baselines else ""))
-    score, alone = await asyncio.to_thread(_measure, plan, outcome)
+    federated, alone = await asyncio.to_thread(_measure, plan, outcome)
     seconds = {"startup": up - started, "training": trained - up, "total": time.monotonic() - started}
-    report = _report(outcome, score, alone, seconds)
-    _write(results, report, outcome, alone)
+    report = _report(outcome, federated[-1].accuracy, alone, seconds)
+    _write(results, report, outcome, federated, alone)
     return report
 
 
-def _measure(plan: Plan, outcome: Outcome) -> tuple[Score, dict[str, list[Score]]]:
-    """The model's score, and the curves of pooled training and of each region alone."""
+def _measure(plan: Plan, outcome: Outcome) -> tuple[list[Score], dict[str, list[Score]]]:
+    """Scores after each round on the held-out test set: of the model, of pooled training, of each region alone."""
     from hierfl import digits
 
     num_sites = plan.regions * plan.clients
-    score = digits.evaluate_params(outcome.params, num_sites, plan.seed)
-    if not plan.baselines:
-        return score, {}
-    groups = {POOLED: list(digits.site_names(num_sites)), **plan.grouping}
-    return score, {
+    federated = [digits.evaluate_params(params, num_sites, plan.seed) for params in outcome.models[1:]]
+    groups = {POOLED: list(digits.site_names(num_sites)), **plan.grouping} if plan.baselines else {}
+    return federated, {
         name: digits.baseline(
-            outcome.first, sites, num_sites=num_sites, data_seed=plan.seed, rounds=plan.rounds, seed=plan.seed
+            outcome.models[0], sites, num_sites=num_sites, data_seed=plan.seed, rounds=plan.rounds, seed=plan.seed
         )
         for name, sites in groups.items()
     }
@@ -234,18 +231,18 @@ async def _train(federation: Federation, job: Job) -> Outcome:
     async with connect(Kit.load(federation.operator_kit), federation.controller_address) as operator:
         run = await operator.submit(job, await operator.upload_model(layout, first))
         raise_for_outcome(await follow(operator, run))
-        newest = max(await operator.models(run), key=lambda model: model.version)
-        fetched_layout, vectors = await operator.fetch_model(newest)
+        models = [first]
+        for model in sorted(await operator.models(run), key=lambda model: model.version)[1:]:
+            models.append((await operator.fetch_model(model))[1])  # noqa: PERF401  one at a time
         return Outcome(
             run=await operator.run(run),
             status=await operator.status(),
-            first=layout.unflatten(first),
-            params=fetched_layout.unflatten(vectors),
+            models=tuple(layout.unflatten(vectors) for vectors in models),
         )
 
 
 def _report(
-    outcome: Outcome, score: Score, alone: Mapping[str, list[Score]], seconds: Mapping[str, float]
+    outcome: Outcome, federated: float, alone: Mapping[str, list[Score]], seconds: Mapping[str, float]
 ) -> dict[str, Any]:
     run, status = outcome.run, outcome.status
     shares = [share for item in run.rounds for share in item.regions]
@@ -259,7 +256,7 @@ def _report(
         }
         for region in status.regions
     ]
-    accuracy: dict[str, Any] = {"federated": score.accuracy}
+    accuracy: dict[str, Any] = {"federated": federated}
     if alone:
         # a region's best effort: it may stop at its best round, which the federation may not
         best = {name: max(each.accuracy for each in curve) for name, curve in alone.items()}
@@ -276,16 +273,27 @@ def _report(
     }
 
 
-def _write(results: Path, report: dict[str, Any], outcome: Outcome, alone: Mapping[str, list[Score]]) -> None:
+def _write(
+    results: Path,
+    report: dict[str, Any],
+    outcome: Outcome,
+    federated: list[Score],
+    alone: Mapping[str, list[Score]],
+) -> None:
     """The picture, the model, the history and the report."""
     from hierfl import modelfile
     from hierfl.cli.runs import round_row, write_history
-    from hierfl.curves import draw
+    from hierfl.curves import Curve, draw
 
-    rounds = outcome.run.rounds
-    write_history(results / "history.csv", [round_row(item) for item in rounds])
-    modelfile.write(results / "model.safetensors", outcome.params, {"hierfl.model_sha256": report["model_sha256"]})
-    draw(results / "curves.png", rounds, report["accuracy"]["federated"], alone)
+    def curve(scores: list[Score]) -> Curve:
+        return Curve(accuracy=[score.accuracy for score in scores], loss=[score.loss for score in scores])
+
+    regions = {name: curve(scores) for name, scores in alone.items() if name != POOLED}
+    pooled = curve(alone[POOLED]) if POOLED in alone else None
+    draw(results / "curves.png", "Handwritten digits, split unevenly", curve(federated), pooled, regions)
+    write_history(results / "history.csv", [round_row(item) for item in outcome.run.rounds])
+    metadata = {"hierfl.model_sha256": report["model_sha256"]}
+    modelfile.write(results / "model.safetensors", outcome.models[-1], metadata)
     (results / REPORT).write_text(json.dumps({"schema": "hierfl.demo/1", **report}, indent=2))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import sqlite3
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -129,3 +130,31 @@ async def test_after_kill_minus_9_the_next_start_cleans_up_and_goes_on(serve, co
         assert controller.attachments[-1].region_epoch == 2
         assert await again.stop(signal.SIGINT) in (0, 130)
     nothing_is_left(again)
+
+
+async def refused(*arguments: str) -> tuple[int, str]:
+    """Exit status and error line of a combiner that cannot serve."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "hierfl", "combiner", "serve", *arguments), stderr=asyncio.subprocess.PIPE
+    )
+    _, said = await process.communicate()
+    assert process.returncode is not None
+    return process.returncode, next(line for line in said.decode().splitlines() if line.startswith("error "))
+
+
+async def test_what_keeps_it_from_serving_is_one_clear_line(serve, combiner_kit, controller, tmp_path):
+    kit, other = str(combiner_kit.path), str(tmp_path / "other")
+    assert (await refused("--kit", str(tmp_path), "--dir", other))[0] == 3
+    async with serve() as served:
+        port = served.addresses[0]
+        taken = await refused("--kit", kit, "--dir", other, "--controller", controller.address, "--listen", port)
+        assert taken[0] == 3, taken
+        assert f"cannot listen on {port}" in taken[1]
+        status, said = await refused("--kit", kit, "--dir", str(tmp_path / "zone"), "--controller", controller.address)
+        assert status == 1
+        assert "another combiner works in" in said
+    with sqlite3.connect(tmp_path / "zone" / "zone.sqlite") as database:
+        database.execute("pragma user_version = 99")
+    database.close()
+    status, said = await refused("--kit", kit, "--dir", str(tmp_path / "zone"), "--controller", controller.address)
+    assert (status, "later release" in said) == (1, True), said

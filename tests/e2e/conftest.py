@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from federations import InProcess, noisy_app
 
+from combiners.settings import RegionSettings
 from hierfl.client.app import App
 
 
@@ -19,9 +20,14 @@ def federate(tmp_path: Path):
 
     @asynccontextmanager
     async def start(
-        regions: Mapping[str, list[str]], *, intakes: int = 1, app: App | None = None
+        regions: Mapping[str, list[str]],
+        *,
+        intakes: int = 1,
+        app: App | None = None,
+        settings: RegionSettings | None = None,
     ) -> AsyncIterator[InProcess]:
-        federation = InProcess(tmp_path / f"federation-{next(count)}", regions, intakes, app or noisy_app())
+        directory = tmp_path / f"federation-{next(count)}"
+        federation = InProcess(directory, regions, intakes, app or noisy_app(), settings or RegionSettings())
         federation.provision()
         async with AsyncExitStack() as stack:
             await federation.start_controller(stack)

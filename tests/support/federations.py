@@ -11,13 +11,14 @@ import random
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from combiners.host import RegionSettings
 from combiners.local import LocalCombiner
+from combiners.settings import RegionSettings
 from controller.app import ControllerApp
 from hierfl import provision
 from hierfl.client.app import App
@@ -29,19 +30,20 @@ from hierfl.job import Arithmetic, Job, JobHead, RoundRules
 from hierfl.operator import Operator, connect
 from hierfl.pki import Kit
 from hierfl.residency import ZonePolicy
+from hierfl.types import RunId
 from hierfl.wire import hierfl_pb2 as pb
 
 NUM_VALUES = 1000
 
 
-def noisy_app(*, delay_s: float = 0.0) -> App:
+def noisy_app(*, delay_s: float = 0.0, num_values: int = NUM_VALUES) -> App:
     """An app whose update depends on ``task.seed`` only; it takes up to ``delay_s`` at random to make it."""
 
     def init(config: Mapping[str, object]) -> dict[str, np.ndarray]:
         del config
         rng = np.random.default_rng(7)
         return {
-            "body": rng.standard_normal(NUM_VALUES).astype(np.float32),
+            "body": rng.standard_normal(num_values).astype(np.float32),
             "head": rng.standard_normal((3, 5)).astype(np.float32),
         }
 
@@ -57,7 +59,7 @@ def noisy_app(*, delay_s: float = 0.0) -> App:
 
     def evaluate(task: Task) -> Metrics:
         total = sum(float(np.abs(array).sum()) for array in task.params.values())
-        return Metrics(loss=total / NUM_VALUES, num_examples=10, accuracy=0.5)
+        return Metrics(loss=total / num_values, num_examples=10, accuracy=0.5)
 
     return App(name="noisy", init=init, train=train, evaluate=evaluate)
 
@@ -65,10 +67,15 @@ def noisy_app(*, delay_s: float = 0.0) -> App:
 class InProcess:
     """A running federation. ``regions`` maps a region to the names of its sites."""
 
-    def __init__(self, directory: Path, regions: Mapping[str, list[str]], intakes: int, app: App) -> None:
+    def __init__(
+        self, directory: Path, regions: Mapping[str, list[str]], intakes: int, app: App, settings: RegionSettings
+    ) -> None:
         self.directory, self.regions, self.intakes, self.app = directory, regions, intakes, app
+        self.settings = settings
         self.combiners: dict[str, LocalCombiner] = {}
         self.said: list[str] = []
+        self._spoken = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
         self._clients: dict[str, asyncio.Task[bool]] = {}
 
     def kit(self, *parts: str) -> Path:
@@ -83,8 +90,17 @@ class InProcess:
                 provision.add_site(self.directory, region, site)
 
     async def start_controller(self, stack: AsyncExitStack) -> None:
-        app = ControllerApp(Kit.load(self.kit("controller")), self.directory / "controller")
-        self.controller = await stack.enter_async_context(app)
+        await self._open_controller("127.0.0.1:0")
+        stack.push_async_callback(lambda: self.controller.__aexit__(None, None, None))
+
+    async def _open_controller(self, listen: str) -> None:
+        app = ControllerApp(Kit.load(self.kit("controller")), self.directory / "controller", listen)
+        self.controller = await app.__aenter__()
+
+    async def restart_controller(self) -> None:
+        """Close the controller; start another on its directory and its address."""
+        await self.controller.__aexit__(None, None, None)
+        await self._open_controller(self.controller.address)
 
     async def start_combiner(self, stack: AsyncExitStack, region: str) -> None:
         policy = ZonePolicy(k=min(3, len(self.regions[region])), max_share=1.0)
@@ -93,7 +109,7 @@ class InProcess:
             self.directory / "regions" / region,
             self.controller.address,
             intakes=self.intakes,
-            region=RegionSettings(policy=policy),
+            region=replace(self.settings, policy=policy),
         )
         self.combiners[region] = await stack.enter_async_context(combiner)
 
@@ -103,13 +119,26 @@ class InProcess:
             provision.set_addresses(self.kit("sites", region, site, "client-00"), addresses)
         kits = [Kit.load(self.kit("sites", region, site, "client-00")) for site in self.regions[region]]
         policy = SitePolicy(app=self.app, min_k=2)
-        clients = serve(policy, kits, self.directory / "clients" / region, {}, workers=4, say=self.said.append)
+        clients = serve(policy, kits, self.directory / "clients" / region, {}, workers=4, say=self._say)
         self._clients[region] = asyncio.create_task(clients)
 
-    async def stop_clients(self) -> None:
-        for task in self._clients.values():
+    async def stop_clients(self, *regions: str) -> None:
+        """Of these regions, or of all."""
+        tasks = [self._clients.pop(region) for region in regions or tuple(self._clients)]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._clients.values(), return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _say(self, line: str) -> None:
+        self.said.append(line)
+        self._loop.call_soon_threadsafe(self._spoken.set)
+
+    async def hear(self, words: str, times: int = 1) -> None:
+        """Wait until the clients have said so many lines with these words."""
+        async with asyncio.timeout(30):
+            while sum(words in line for line in self.said) < times:
+                self._spoken.clear()
+                await self._spoken.wait()
 
     @asynccontextmanager
     async def operator(self) -> AsyncIterator[Operator]:
@@ -118,19 +147,27 @@ class InProcess:
 
     async def train(self, job: Job) -> pb.GetRunResponse:
         """Submit a job from the app's own first model and wait for its end."""
+        return await self.outcome(await self.submit(job))
+
+    async def submit(self, job: Job) -> RunId:
         layout, vectors = make_layout(self.app.init(job.app))
         async with self.operator() as operator:
-            run = await operator.submit(job, await operator.upload_model(layout, vectors))
-            async with asyncio.timeout(60):
-                async for _ in operator.follow(run):
-                    pass
+            return await operator.submit(job, await operator.upload_model(layout, vectors))
+
+    async def outcome(self, run: RunId) -> pb.GetRunResponse:
+        """A run, once it has ended."""
+        async with self.operator() as operator, asyncio.timeout(60):
+            async for _ in operator.follow(run):
+                pass
             return await operator.run(run)
 
 
-def job(*, rounds: int = 3, min_regions: int = 1, min_clients: int = 1, seed: int = 3) -> Job:
+def job(*, rounds: int = 3, min_regions: int = 1, min_clients: int = 1, seed: int = 3, **rules: float) -> Job:
+    """``rules``: of ``[round]``, in place of what tests usually want."""
+    usual = {"report_timeout_s": 40, "silence_s": 2}
     return Job(
         job=JobHead(name="test", app="noisy", rounds=rounds, seed=seed),
-        round=RoundRules(min_regions=min_regions, min_clients=min_clients, report_timeout_s=40, silence_s=2),
+        round=RoundRules(min_regions=min_regions, min_clients=min_clients, **{**usual, **rules}),
         arithmetic=Arithmetic(k=2),
     )
 

@@ -1,0 +1,26 @@
+"""What a region is started with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hierfl.residency import ZonePolicy
+
+__all__ = ["RegionSettings"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegionSettings:
+    """What a region is started with."""
+
+    policy: ZonePolicy = field(default_factory=ZonePolicy)
+    grace_s: float = 6.0
+    """Seconds without its stream after which a client is not waited for, once enough are in."""
+    freeze_s: float = 30.0
+    """Seconds in which an intake has to answer; one that does not is void."""
+    intake_silence_s: float = 15.0
+    """Seconds without a tick after which an intake is void."""
+    capacity: int = 8
+    """Runs served at once."""
+    keep_partials: int = 2
+    """Judged partials whose bytes are kept, for another run over the same base and task."""

@@ -1,0 +1,105 @@
+"""The study as a real federation on this machine: a controller, a combiner with its own Ray a region, a client a hospital."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reference import APP_FILE, Trained
+from study import Study
+
+from hierfl.cli.output import say
+from hierfl.cli.runs import follow, raise_for_outcome
+from hierfl.client import initial_model
+from hierfl.client.held import LocalTensors
+from hierfl.errors import Unreachable
+from hierfl.job import Job
+from hierfl.local import Federation, serving
+from hierfl.operator import Operator, connect
+from hierfl.pki import Kit
+from hierfl.types import Params, RunId
+from hierfl.wire import hierfl_pb2 as pb
+
+__all__ = ["Ran", "run_jobs"]
+
+CONNECT_TIMEOUT_S = 180.0
+LOOK_AGAIN_S = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ran:
+    """One run that finished."""
+
+    trained: Trained
+    run: pb.GetRunResponse
+
+    def document(self) -> dict[str, Any]:
+        training = [one for one in self.run.rounds if one.task == pb.TASK_KIND_TRAIN]
+        shares = [share for one in self.run.rounds for share in one.regions]
+        return {
+            "run": self.run.summary.run,
+            "rounds": {
+                "committed": self.run.summary.rounds_committed,
+                "abandoned": self.run.summary.rounds_abandoned,
+                "with_every_hospital": sum(one.num_sites == max(r.num_sites for r in training) for one in training),
+            },
+            "seconds_a_round": round(sum(one.seconds for one in training) / max(len(training), 1), 3),
+            "bytes_over_borders": sum(share.bytes_out for share in shares),
+        }
+
+
+async def run_jobs(study: Study, jobs: Sequence[Job], data: Path, state: Path) -> list[Ran]:
+    """Start the federation, run one job after the other, and stop it.
+
+    Args:
+        data: Folder of the hospitals' files.
+        state: Folder of the federation's certificates and stores.
+    Raises:
+        RunFailed, Unreachable: A run did not finish, or hospitals did not connect.
+    """
+    async with serving(study.federation(data), state, say) as federation:
+        kit = Kit.load(federation.operator_kit)
+        async with connect(kit, federation.controller_address) as operator:
+            await _wait_for_all(operator, study)
+            return [await _run(operator, federation, study, job) for job in jobs]
+
+
+async def _wait_for_all(operator: Operator, study: Study) -> None:
+    """A round begins once enough are there; this one is to have every hospital from the first on."""
+    wanted = len(study.hospitals)
+    try:
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            while (there := await _num_connected(operator)) < wanted:
+                say(f"{there} of {wanted} hospitals are connected")
+                await asyncio.sleep(LOOK_AGAIN_S)  # an operator is told of no client's coming
+    except TimeoutError:
+        raise Unreachable(f"not all of {wanted} hospitals connected; their logs are in the state folder") from None
+    say(f"all {wanted} hospitals are connected")
+
+
+async def _num_connected(operator: Operator) -> int:
+    return sum(region.sites_connected for region in (await operator.status()).regions)
+
+
+async def _run(operator: Operator, federation: Federation, study: Study, job: Job) -> Ran:
+    layout, vectors = initial_model(job, app=str(APP_FILE))
+    run = await operator.submit(job, await operator.upload_model(layout, vectors))
+    raise_for_outcome(await follow(operator, run))
+    newest = max(await operator.models(run), key=lambda model: model.version)
+    layout, vectors = await operator.fetch_model(newest)
+    local = _kept_at_sites(federation.state, study, run) if job.model.tensors != "all" else {}
+    trained = Trained(model_sha256=newest.model_hash, params=layout.unflatten(vectors), local=local)
+    return Ran(trained=trained, run=await operator.run(run))
+
+
+def _kept_at_sites(state: Path, study: Study, run: RunId) -> Mapping[str, Params]:
+    """The tensors that never left, from each hospital's own folder: possible since all are on this machine."""
+    found = {}
+    for region, sites in study.sites.items():
+        for site in sites:
+            (folder,) = (state / "clients").glob(f"*/{region}.{site}.client-00")
+            found[site] = LocalTensors(folder).load(run, study.rounds + 1)
+    return found

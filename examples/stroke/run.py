@@ -1,0 +1,233 @@
+"""The International Stroke Trial as a federation of hospitals: train it, measure it, compare it.
+
+    python examples/stroke/run.py --data IST_corrected.csv
+    python examples/stroke/run.py --data IST_corrected.csv --min-patients 30
+    python examples/stroke/run.py --data IST_corrected.csv --in-process
+
+The table goes to stdout, what happens meanwhile to stderr, everything measured to report.json.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+import reference
+from baselines import SET_ASIDE, baselines, risks_of
+from evaluate import METRICS, Judge, estimate
+from prepare import INPUTS, write_hospitals
+from reference import Trained
+from study import Study
+
+from hierfl.cli.output import emit, output_option, say, table
+from hierfl.cli.up import run_until_stopped
+from hierfl.errors import HierFLError
+from hierfl.types import Float64Array
+
+__all__ = ["main", "study_report"]
+
+SCHEMA = "hierfl.stroke/1"
+SOURCE = (
+    "International Stroke Trial database (version 2), Sandercock P, Niewada M, Czlonkowska A, University of Edinburgh,"
+    " doi 10.7488/ds/104; Sandercock et al. 2011, Trials 12:101. Open Data Commons Attribution License 1.0"
+)
+WORDS = {
+    "federated": "federated, all regions",
+    "pooled": "pooled, if data could move",
+    "region alone": "each region alone",
+    "site alone": "each site alone",
+    SET_ASIDE: "federated, where it never trained",
+}
+INTERCEPTS = {False: "one intercept for all", True: "an intercept kept at each site"}
+
+
+@click.command()
+@click.option("--data", required=True, type=click.Path(path_type=Path), help="The trial's CSV, or an extract of it.")
+@click.option(
+    "--min-patients",
+    default=100,
+    show_default=True,
+    type=click.IntRange(min=10),
+    help="Fewest patients with a known outcome for a hospital to take part.",
+)
+@click.option("--rounds", default=15, show_default=True, type=click.IntRange(min=1), help="Rounds of training.")
+@click.option("--k", default=3, show_default=True, type=click.IntRange(min=2), help="Fewest hospitals in a sum.")
+@click.option("--site-intercept/--shared-intercept", default=None, help="Only with an intercept kept at each site, or only without. Default: both.")
+@click.option("--in-process", is_flag=True, help="The same rounds in a plain loop, without a federation.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of the split and the draws.")
+@click.option("--draws", default=1000, show_default=True, type=click.IntRange(min=20), help="Of the bootstrap.")
+@click.option("--dir", "directory", type=click.Path(path_type=Path), help="Keep the federation's folders here.")
+@click.option("--report", default="report.json", show_default=True, type=click.Path(path_type=Path, dir_okay=False))
+@output_option
+def command(
+    data: Path,
+    min_patients: int,
+    rounds: int,
+    k: int,
+    site_intercept: bool | None,
+    in_process: bool,
+    seed: int,
+    draws: int,
+    directory: Path | None,
+    report: Path,
+    output: str,
+) -> None:
+    """Train on the trial's hospitals as a real federation, and compare with what else could be done."""
+    say(f"reading {data}")
+    study = Study.of(data, min_patients=min_patients, rounds=rounds, k=k, seed=seed)
+    regions = ", ".join(f"{region} {len(own)}" for region, own in study.regions.items())
+    say(f"{len(study.hospitals)} hospitals of at least {min_patients} patients: {regions}")
+    kinds = (False, True) if site_intercept is None else (site_intercept,)
+    with _folder(directory) as folder:
+        document = study_report(study, kinds, folder, in_process=in_process, draws=draws)
+    about = {"file": data.name, "sha256": hashlib.sha256(data.read_bytes()).hexdigest(), "source": SOURCE}
+    document = {"data": about, "min_patients": min_patients, **document}
+    report.write_text(json.dumps({"schema": SCHEMA, **document}, indent=2) + "\n", encoding="utf-8")
+    emit(document, SCHEMA, output, lambda: _show(document))
+    say(f"all of it is in {report}")
+
+
+@contextmanager
+def _folder(kept: Path | None) -> Iterator[Path]:
+    if kept is not None:
+        kept.mkdir(parents=True, exist_ok=True)
+        yield kept.resolve()
+        return
+    with tempfile.TemporaryDirectory(prefix="hierfl-stroke-") as folder:
+        yield Path(folder)
+
+
+def study_report(
+    study: Study, kinds: tuple[bool, ...], folder: Path, *, in_process: bool, draws: int
+) -> dict[str, Any]:
+    """Train with and without an intercept at each site (``kinds``), measure, compare: the report's document."""
+    data = folder / "hospitals"
+    write_hospitals(study.hospitals, data)
+    jobs = [study.job(own_intercept=kind) for kind in kinds]
+    started = time.monotonic()
+    same = [reference.train(job, study.sites, data) for job in jobs]
+    if in_process:
+        trained, runs = same, [{} for _ in jobs]
+    else:
+        from real import run_jobs
+
+        ran = run_until_stopped(run_jobs(study, jobs, data, folder / ".hierfl"))
+        trained, runs = [one.trained for one in ran], [one.document() for one in ran]
+    seconds = round(time.monotonic() - started, 1)
+    say("measuring, and training what it is compared with")
+    judge = Judge({site: held_out.outcomes for site, (_, held_out) in study.split.items()}, draws=draws, seed=study.seed)
+    results = [
+        {
+            "intercept": "site" if kind else "shared",
+            "model_sha256": one.model_sha256,
+            "in_process_sha256": reference_.model_sha256,
+            **run,
+            "models": _measure(study, one, data, judge, own_intercept=kind),
+        }
+        for kind, one, reference_, run in zip(kinds, trained, same, runs, strict=True)
+    ]
+    return {**_describe(study), "in_process": in_process, "seconds_of_training": seconds, "results": results}
+
+
+def _describe(study: Study) -> dict[str, Any]:
+    regions = [
+        {
+            "name": region,
+            "countries": sorted({hospital.country for hospital in own}),
+            "hospitals": len(own),
+            "patients": sum(len(hospital.rows) for hospital in own),
+        }
+        for region, own in study.regions.items()
+    ]
+    return {
+        "hospitals": len(study.hospitals),
+        "patients": {
+            "training": sum(len(training) for training, _ in study.split.values()),
+            "held_out": sum(len(held_out) for _, held_out in study.split.values()),
+        },
+        "inputs": len(INPUTS),
+        "k": study.k,
+        "seed": study.seed,
+        "rounds_planned": study.rounds,
+        "regions": regions,
+    }
+
+
+def _measure(study: Study, trained: Trained, data: Path, judge: Judge, *, own_intercept: bool) -> dict[str, Any]:
+    """Every model's metrics with their intervals, and those of the federated model minus each other one's."""
+    job = study.job(own_intercept=own_intercept)
+    risks = {"federated": risks_of(trained, study.split)}
+    risks |= baselines(job, study.sites, study.split, data, own_intercept=own_intercept)
+    measured = {name: judge.measure(own, other_hospitals=name == SET_ASIDE) for name, own in risks.items()}
+    federated = {True: judge.measure(risks["federated"], other_hospitals=True), False: measured["federated"]}
+    return {
+        name: {
+            **_documents(found),
+            "federated_minus_this": _documents(_minus(federated[name == SET_ASIDE], found)),
+        }
+        for name, found in measured.items()
+    }
+
+
+def _minus(left: Mapping[str, Float64Array], right: Mapping[str, Float64Array]) -> dict[str, Float64Array]:
+    return {name: left[name] - right[name] for name in METRICS}
+
+
+def _documents(found: Mapping[str, Float64Array]) -> dict[str, Any]:
+    return {name: estimate(found[name]).document() for name in METRICS}
+
+
+# --- the table
+
+
+def _show(document: Mapping[str, Any]) -> None:
+    patients = document["patients"]
+    click.echo(
+        f"death or dependency at six months: {document['hospitals']} hospitals in {len(document['regions'])} regions,"
+        f" {patients['training']:,} patients to train on, {patients['held_out']:,} held out"
+    )
+    for result in document["results"]:
+        click.echo()
+        headings = (INTERCEPTS[result["intercept"] == "site"], "AUC", "log loss", "calibration error", "slope")
+        rows = [
+            (WORDS[name], *(_cell(found[metric]) for metric in METRICS)) for name, found in result["models"].items()
+        ]
+        table(headings, rows)
+        difference = result["models"]["pooled"]["federated_minus_this"]["auc"]
+        click.echo(f"federated minus pooled AUC  {_cell(difference)}")
+        same = "the same in a plain loop" if result["model_sha256"] == result["in_process_sha256"] else "not that of a plain loop: not every hospital was in every round"
+        click.echo(f"model SHA-256  {result['model_sha256']}  ({same})")
+    click.echo()
+    click.echo("AUC, log loss, calibration error: means over hospitals; in brackets 95 % bootstrap intervals")
+    click.echo(f"data: {SOURCE}")
+
+
+def _cell(found: Mapping[str, float]) -> str:
+    return f"{found['value']:.3f} ({found['low']:.3f} to {found['high']:.3f})"
+
+
+def main() -> int:
+    """Run the command; every way to end is a line and an exit code, as with ``hierfl``."""
+    try:
+        command(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except HierFLError as error:
+        click.echo(f"error {error.code}: {error}", err=True)
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
