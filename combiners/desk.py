@@ -211,7 +211,11 @@ class Desk:
         known = attempt.folded.get(claim.key.client)
         if known is not None:
             return self._staged(known, claim)
-        check_announced(attempt.plan, claim.weight, length_bytes)
+        try:
+            check_announced(attempt.plan, claim.weight, length_bytes)
+        except WireError as error:
+            self.refused(claim.key, error)
+            raise
         if self.line.is_full:
             return RETRY_AFTER_MS
         return await self.line.enter(Admitted(claim=claim, length_bytes=length_bytes))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.text import Text
 
-    from hierfl.spans import Row, Waterfall
+    from hierfl.waterfall import Row, Waterfall
 
 __all__ = ["describe", "draw", "trace"]
 
@@ -54,6 +54,7 @@ def trace(run: str, round_number: int | None, directory: Path | None, output: st
       hierfl trace 7f3a 3 --dir demo-kept
     """
     from hierfl import spans
+    from hierfl.waterfall import waterfall
 
     where = directory or state_dir()
     if where is None:
@@ -63,7 +64,7 @@ def trace(run: str, round_number: int | None, directory: Path | None, output: st
         raise NotFound("trace", str(where), "no process wrote a traces/*.jsonl below it")
     if skipped:
         say(f"{skipped} lines or files could not be read and were left out")
-    flow = spans.waterfall(spans.pick_round(found, run, round_number))
+    flow = waterfall(spans.pick_round(found, run, round_number))
     emit(_document(flow), "hierfl.trace/1", output, lambda: _show(flow))
 
 

@@ -139,3 +139,202 @@ async def test_updates_that_do_not_fit_the_plan_are_refused_in_words_and_the_rou
         assert type(answer) is kind, f"{name}: {answer!r}"
         assert words in str(answer), name
         assert "\n" not in str(answer), name
+
+
+async def test_half_an_upload_is_no_update_and_a_whole_one_after_it_counts(federate):
+    async with (
+        federate(REGIONS, app=noisy_app(num_values=300_000), settings=BRIEF) as federation,
+        with_peers(federation, "stops", "vanishes") as (stops, vanishes),
+    ):
+        run = await federation.submit(ONE_ROUND)
+        plan = await stops.offer()
+        outgoing = update(plan)
+        header, first, _, trailer = outgoing.frames(plan.key, (await stops.admit(plan, outgoing)).ticket)
+        with pytest.raises(TransferIncomplete, match="1 of 2 chunks"):
+            await stops.send([header, first])
+        header, *_ = outgoing.frames(plan.key, (await stops.admit(plan, outgoing)).ticket)
+        with pytest.raises(TransferIncomplete, match="1 of 2 chunks"):
+            await stops.send([header, first, trailer])
+
+        ticket = (await vanishes.admit(plan, outgoing)).ticket
+        await begin_upload(vanishes, list(outgoing.frames(plan.key, ticket))[:2])
+        await vanishes.__aexit__(None, None, None)
+
+        assert (await stops.receipt(plan)).state == pb.RECEIPT_STATE_UNKNOWN
+        assert (await stops.hand_in(plan, outgoing)).state == pb.RECEIPT_STATE_STAGED
+        assert (await stops.told(pb.RECEIPT_STATE_COMMITTED)).model_version == 1
+        assert await counted(federation, run) == GOOD + 1
+
+
+async def begin_upload(peer: Peer, frames: list[bytes]) -> object:
+    """Send these frames and leave the stream open."""
+    stream = peer.stub.Upload()
+    for frame in frames:
+        await stream.write(frame)
+        await stream.initial_metadata()
+    return stream
+
+
+async def test_clients_that_send_nothing_or_stop_sending_are_given_up_at_the_deadline(federate):
+    brief = job(rounds=1, min_regions=2, min_clients=3, evaluate_every=0, report_timeout_s=3)
+    async with (
+        federate(REGIONS, app=noisy_app(num_values=300_000)) as federation,
+        with_peers(federation, "silent", "stalls") as (silent, stalls),
+    ):
+        run = await federation.submit(brief)
+        plan = await stalls.offer()
+        outgoing = update(plan)
+        ticket = (await stalls.admit(plan, outgoing)).ticket
+        stream = await begin_upload(stalls, list(outgoing.frames(plan.key, ticket))[:2])
+        assert await counted(federation, run) == GOOD
+        assert [await silent.withdrawal(), await stalls.withdrawal()] == ["late", "late"]
+        with pytest.raises(RoundClosed, match=r"round 1 of run .* is not open"):
+            await stalls.hand_in(plan, outgoing)
+        stream.cancel()
+
+
+async def test_another_update_under_a_key_that_is_used_is_refused_and_the_first_one_counts(federate):
+    async with federate(REGIONS) as federation, with_peers(federation, "evil", "last") as (evil, last):
+        run = await federation.submit(ONE_ROUND)
+        plan = await evil.offer()
+        first, second = update(plan), update(plan, with_value(plan, 1.0))
+
+        ticket = (await evil.admit(plan, first)).ticket
+        with pytest.raises(DigestMismatch):
+            await evil.send(second.frames(plan.key, ticket))
+        assert (await evil.hand_in(plan, first)).state == pb.RECEIPT_STATE_STAGED
+
+        refused = (await evil.admit(plan, second)).receipt
+        assert (refused.state, refused.reason) == (pb.RECEIPT_STATE_NOT_COUNTED, "digest_conflict")
+        again = (await evil.admit(plan, first)).receipt
+        assert (again.state, again.digest) == (pb.RECEIPT_STATE_STAGED, first.digest)
+
+        assert (await last.hand_in(plan, first)).state == pb.RECEIPT_STATE_STAGED
+        assert (await evil.told(pb.RECEIPT_STATE_COMMITTED)).digest == first.digest
+        assert (await evil.admit(plan, second)).receipt.reason == "digest_conflict"
+        assert await counted(federation, run) == GOOD + 2
+
+
+async def test_nobody_hands_in_for_another(federate):
+    async with federate(REGIONS) as federation, with_peers(federation, "thief", "owner") as (thief, owner):
+        run = await federation.submit(ONE_ROUND)
+        plan = await owner.offer()
+        outgoing = update(plan)
+        ticket = (await owner.admit(plan, outgoing)).ticket
+        with pytest.raises(RoundClosed, match="another update"):
+            await thief.send(outgoing.frames(plan.key, ticket))
+        with pytest.raises(CertificateUntrusted, match="signature"):
+            await thief.admit(plan, outgoing, signature=b"x" * 64)
+        with pytest.raises(WireError):
+            await thief.send([b'{"I am": "the owner"}'])
+        with pytest.raises(RoundClosed, match="ticket"):
+            await owner.send(outgoing.frames(plan.key, ticket))  # the thief has used it up
+        assert (await owner.hand_in(plan, outgoing)).state == pb.RECEIPT_STATE_STAGED
+        assert (await thief.hand_in(plan, outgoing)).state == pb.RECEIPT_STATE_STAGED
+        assert await counted(federation, run) == GOOD + 2
+
+
+# --- clients of the SDK whose app is wrong, and clients that lose their peers
+
+
+def with_mistakes(mistakes: dict[str, Callable[[Task, Update], Update]]) -> App:
+    """An app that makes a mistake at some sites."""
+    good = noisy_app()
+
+    def train(task: Task) -> Update:
+        update = good.train(task)
+        return mistakes[task.site](task, update) if task.site in mistakes else update
+
+    return App(name=good.name, init=good.init, train=train)
+
+
+def not_a_number(task: Task, update: Update) -> Update:
+    update.params["head"][0, 0] = np.nan
+    return update
+
+
+def of_another_shape(task: Task, update: Update) -> Update:
+    update.params["body"] = update.params["body"][:-1]
+    return update
+
+
+def breaks(task: Task, update: Update) -> Update:
+    raise FileNotFoundError("/srv/patients/scan-0412.dcm")
+
+
+async def test_an_app_that_makes_a_mistake_costs_its_own_site_the_round_and_says_why_there_only(federate):
+    mistakes = {"nan": not_a_number, "shape": of_another_shape, "broken": breaks}
+    regions = {"eu": [*REGIONS["eu"], *mistakes], "us": REGIONS["us"]}
+    async with federate(regions, app=with_mistakes(mistakes)) as federation:
+        await federation.hear("waiting for a round", times=GOOD + len(mistakes))
+        run = await federation.submit(ONE_ROUND)
+        async with asyncio.timeout(10):
+            assert await counted(federation, run) == GOOD
+        said = {site: [line for line in federation.said if f"{site}/" in line] for site in mistakes}
+        assert any("'head'" in line and "is nan" in line for line in said["nan"]), said["nan"]
+        assert any("body" in line and "(999,)" in line for line in said["shape"]), said["shape"]
+        assert any("scan-0412" in line for line in said["broken"]), said["broken"]
+
+
+class Gate:
+    """Trains as the noisy app does, once it is open."""
+
+    def __init__(self) -> None:
+        self._open = threading.Event()
+        self.trained: list[str] = []
+        good = noisy_app()
+
+        def train(task: Task) -> Update:
+            assert self._open.wait(60)
+            self.trained.append(task.site)
+            return good.train(task)
+
+        self.app = App(name=good.name, init=good.init, train=train)
+
+    def open(self) -> None:
+        self._open.set()
+
+
+@pytest.fixture
+def gate() -> Gate:
+    return Gate()
+
+
+async def test_a_controller_that_restarts_in_mid_round_goes_on_with_it(federate, gate):
+    async with federate(REGIONS, app=gate.app) as federation:
+        run = await federation.submit(job(rounds=2, min_regions=2, min_clients=3, evaluate_every=0))
+        await federation.hear("round 1: training", times=GOOD)
+        await federation.restart_controller()
+        gate.open()
+        found = await federation.outcome(run)
+    assert found.summary.state == "finished"
+    assert [(item.num_updates, item.attempts) for item in found.rounds] == [(GOOD, 1), (GOOD, 1)]
+    assert sorted(gate.trained) == sorted(2 * [*REGIONS["eu"], *REGIONS["us"]]), "nobody trained twice"
+
+
+async def test_clients_that_lose_their_intake_in_mid_round_hand_in_at_the_next(federate, gate):
+    async with federate(REGIONS, app=gate.app) as federation:
+        run = await federation.submit(ONE_ROUND)
+        await federation.hear("round 1: training", times=GOOD)
+        await federation.combiners["eu"].restart_intake(0)
+        gate.open()
+        assert await counted(federation, run) == GOOD
+    assert len(gate.trained) == GOOD, "nobody trained twice"
+
+
+async def test_clients_that_restart_hand_in_what_they_held(federate):
+    """Their updates were folded, then lost with the intake, while they were away."""
+    async with federate(REGIONS) as federation, with_peers(federation, "last") as (last,):
+        run = await federation.submit(ONE_ROUND)
+        plan = await last.offer()
+        await federation.hear("round 1: handed in", times=GOOD)
+        await federation.stop_clients("eu")
+        await federation.combiners["eu"].restart_intake(0)
+        federation.start_clients("eu")
+        await federation.hear("held from before", times=3)
+        (kit,) = [last.kit]
+        async with Peer(kit, last.address) as back:
+            assert await back.offer() == plan
+            assert (await back.hand_in(plan, update(plan))).state == pb.RECEIPT_STATE_STAGED
+            assert await counted(federation, run) == GOOD + 1
+    assert sum("round 1: training" in line for line in federation.said) == GOOD

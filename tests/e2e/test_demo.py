@@ -6,6 +6,8 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -14,21 +16,21 @@ import pytest
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
 
 
-def demo(folder: Path, *options: str) -> subprocess.Popen[str]:
+@contextmanager
+def demo(folder: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
     folder.mkdir(parents=True, exist_ok=True)
-    return subprocess.Popen(
-        [sys.executable, "-m", "hierfl", "demo", *options],
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    command = [sys.executable, "-m", "hierfl", "demo", *options]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=folder, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as process:
+        try:
+            yield process
+        finally:
+            process.terminate()  # it ends what it started; over already, this does nothing
 
 
 def report_of(folder: Path, *options: str) -> dict:
-    process = demo(folder, "-o", "json", *options)
-    out, talk = process.communicate(timeout=250)
+    with demo(folder, "-o", "json", *options) as process:
+        out, talk = process.communicate(timeout=250)
     assert process.returncode == 0, talk
     return json.loads(out)
 
@@ -63,20 +65,20 @@ def test_the_demo_comes_within_two_points_of_pooled_training_and_beats_every_reg
 
 
 def test_one_client_a_region_is_refused_with_exit_5(tmp_path):
-    process = demo(tmp_path, "--clients-per-region=1")
-    _, talk = process.communicate(timeout=60)
+    with demo(tmp_path, "--clients-per-region=1") as process:
+        _, talk = process.communicate(timeout=60)
     assert process.returncode == 5
     assert "HFL-211" in talk
 
 
 def test_ctrl_c_leaves_no_process_no_folder_and_exits_130(tmp_path):
-    process = demo(tmp_path, "--keep", "kept")
-    assert process.stderr is not None
-    for line in process.stderr:
-        if "combiners starting" in line:
-            break
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=120)
+    with demo(tmp_path, "--keep", "kept") as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "combiners starting" in line:
+                break
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=120)
     assert process.returncode == 130
     left = [p for p in psutil.process_iter() if str(tmp_path) in " ".join(_command(p))]
     assert left == []

@@ -28,7 +28,8 @@ from hierfl.observe import (
     SPAN_UPLINK,
     SPAN_UPLOAD,
 )
-from hierfl.spans import Leg, SpanLine
+from hierfl.spans import SpanLine
+from hierfl.waterfall import Leg, waterfall
 
 T0 = 1_700_000_000_000_000_000
 S = 1_000_000_000
@@ -85,14 +86,14 @@ def a_round(tape: Tape, *, run: str = "run-1", number: int = 1, train_s: Mapping
 
 
 def test_the_slowest_leg_is_the_longest_stretch_of_the_critical_path() -> None:
-    flow = spans.waterfall(a_round(Tape()).lines)
+    flow = waterfall(a_round(Tape()).lines)
     assert flow.seconds == pytest.approx(2.4)
     assert flow.path[0] == Leg(owner="us", name=SPAN_TRAIN, seconds=pytest.approx(1.4))
     assert (flow.outcome, flow.attempts, flow.run, flow.round) == ("committed", 1, "run-1", 1)
 
 
 def test_the_critical_path_adds_up_to_the_round() -> None:
-    flow = spans.waterfall(a_round(Tape()).lines)
+    flow = waterfall(a_round(Tape()).lines)
     assert sum(leg.seconds for leg in flow.path) == pytest.approx(flow.seconds)
     assert {leg.owner for leg in flow.path} == {"controller", "us"}
     assert {leg.name: round(leg.seconds, 3) for leg in flow.path} == {
@@ -112,14 +113,14 @@ def test_the_critical_path_adds_up_to_the_round() -> None:
 
 def test_without_the_clients_files_their_region_waits_for_them() -> None:
     lines = [line for line in a_round(Tape()).lines if not line.process.startswith("client")]
-    flow = spans.waterfall(lines)
+    flow = waterfall(lines)
     assert flow.path[0].owner == "us"
     assert flow.path[0].name == SPAN_CLIENT_WAIT
     assert flow.path[0].seconds == pytest.approx(1.6)
 
 
 def test_with_the_controllers_file_alone_the_rest_is_unnamed() -> None:
-    flow = spans.waterfall([line for line in a_round(Tape()).lines if line.process == "controller"])
+    flow = waterfall([line for line in a_round(Tape()).lines if line.process == "controller"])
     assert flow.path[0].name == SPAN_ROUND
     assert flow.covered == pytest.approx(0.6 / 2.4)
 
@@ -130,13 +131,13 @@ def test_without_the_controllers_file_what_is_there_is_drawn() -> None:
         spans.pick_round(lines, "run-1")  # nothing says which run it was
     tape = a_round(Tape())
     tape.add("combiner.eu", SPAN_PLAN, 0.1, 0.1, region="eu", run="run-1", round=1)
-    flow = spans.waterfall(spans.pick_round([x for x in tape.lines if x.process != "controller"], "run-1"))
+    flow = waterfall(spans.pick_round([x for x in tape.lines if x.process != "controller"], "run-1"))
     assert flow.seconds == pytest.approx(2.0)
     assert flow.outcome == "not committed"
 
 
 def test_rows_stand_region_by_region_in_the_order_they_began() -> None:
-    rows = spans.waterfall(a_round(Tape()).lines).rows
+    rows = waterfall(a_round(Tape()).lines).rows
     owners = [owner for owner, _ in itertools.groupby(row.owner for row in rows)]
     assert owners == ["controller", "eu", "us"]
     assert [row.name for row in rows if row.owner == "eu"] == [
@@ -155,7 +156,7 @@ def test_a_row_adds_up_its_spans_without_counting_a_moment_twice() -> None:
     tape = a_round(Tape())
     for start, end in ((0.2, 0.5), (0.4, 0.7), (1.0, 1.1)):
         tape.add("client.x", SPAN_TRAIN, start, end, region="eu", ok=start < 1)
-    row = next(row for row in spans.waterfall(tape.lines).rows if (row.owner, row.name) == ("eu", SPAN_TRAIN))
+    row = next(row for row in waterfall(tape.lines).rows if (row.owner, row.name) == ("eu", SPAN_TRAIN))
     assert (row.num_spans, row.num_failed, len(row.busy)) == (4, 1, 2)
     assert row.busy_s == pytest.approx(0.6)
 
@@ -164,8 +165,8 @@ CLOCKS = {"combiner.us": 7.5, "client.us": -3.0, "combiner.eu": -40.0, "client.e
 
 
 def test_clocks_that_differ_are_corrected_to_within_the_slack_of_an_rpc() -> None:
-    true = spans.waterfall(a_round(Tape()).lines)
-    moved = spans.waterfall(a_round(Tape(clocks=CLOCKS)).lines)
+    true = waterfall(a_round(Tape()).lines)
+    moved = waterfall(a_round(Tape(clocks=CLOCKS)).lines)
     assert true.clock_offsets_s == {}
     for process, shift in CLOCKS.items():
         assert moved.clock_offsets_s.get(process, 0.0) == pytest.approx(-shift, abs=0.11)
@@ -223,7 +224,7 @@ def test_a_sites_span_without_a_region_stands_in_the_one_it_uploaded_to() -> Non
     upload = tape.add("client.a", SPAN_UPLOAD, 0.5, 1.0, top, "consumer")
     tape.add("combiner.eu.intake-1", SPAN_CHECK, 0.6, 0.7, upload, "server")
     tape.add("client.b", SPAN_TRAIN, 0.1, 0.5, top, "consumer")
-    rows = spans.waterfall(tape.lines).rows
+    rows = waterfall(tape.lines).rows
     assert [(row.owner, row.name) for row in rows] == [
         ("client", SPAN_TRAIN),
         ("eu", SPAN_TRAIN),
@@ -259,7 +260,7 @@ def test_spans_whose_parents_form_a_circle_do_no_harm() -> None:
     tape.add("controller", SPAN_ROUND, 0, 1, run="r", round=1)
     tape.add("controller", SPAN_MERGE, 0.1, 0.9, parent=f"{0xAAAA * 1000 + 3:016x}")
     tape.add("controller", SPAN_COMMIT, 0.2, 0.8, parent=f"{0xAAAA * 1000 + 2:016x}")
-    assert spans.waterfall(tape.lines).covered == pytest.approx(0.8)
+    assert waterfall(tape.lines).covered == pytest.approx(0.8)
 
 
 span_times = st.tuples(st.floats(-1, 5), st.floats(0, 3))
@@ -276,6 +277,6 @@ def test_any_spans_give_a_path_that_adds_up_and_a_coverage_of_at_most_one(
     for owner, (start, seconds) in drawn:
         keys = {} if owner == "controller" else {"region": owner}
         parent = tape.add("controller", next(names), start, start + seconds, parent, **keys)
-    flow = spans.waterfall(tape.lines)
+    flow = waterfall(tape.lines)
     assert 0 <= flow.covered <= 1 + 1e-9
     assert sum(leg.seconds for leg in flow.path) == pytest.approx(flow.seconds)

@@ -15,6 +15,7 @@ from hierfl import observe, spans
 from hierfl.cli import run
 from hierfl.cli.trace import describe, draw
 from hierfl.observe import SPAN_COMMIT, SPAN_MERGE, SPAN_ROUND, SPAN_TRAIN, SPAN_UPLOAD
+from hierfl.waterfall import waterfall
 
 REGION = """
 import sys
@@ -124,7 +125,7 @@ def line(name: str, start: float, end: float, **keys: str | int) -> spans.SpanLi
 
 
 def test_the_words_name_region_phase_and_time() -> None:
-    flow = spans.waterfall(
+    flow = waterfall(
         [
             line(SPAN_ROUND, 0, 2.4, run="r", round=1),
             line(SPAN_TRAIN, 0.1, 2.0, region="us-east"),
@@ -141,7 +142,7 @@ def test_the_words_name_region_phase_and_time() -> None:
 
 @pytest.mark.parametrize("width", [60, 80, 140])
 def test_the_bars_stand_where_the_time_went_and_fit_the_terminal(width: int) -> None:
-    flow = spans.waterfall(
+    flow = waterfall(
         [
             line(SPAN_ROUND, 0, 10, run="r", round=1),
             line(SPAN_TRAIN, 0, 5, region="eu-west"),
