@@ -26,7 +26,7 @@ from combiners.host import RegionHost
 from combiners.intake import IntakeHost
 from combiners.messages import ClientView, HandOver, IntakePort, Model, Opening, Registration, Tick, TickReply
 from combiners.settings import RegionSettings
-from hierfl import observe
+from hierfl import kernels, observe
 from hierfl.errors import HierFLError, PortInUse, StoreLocked, Unreachable
 from hierfl.pki import Kit
 from hierfl.receipts import Receipt
@@ -58,7 +58,10 @@ class _Loop:
 
 
 def _configure(process: str, directory: Path) -> None:
-    """Talk goes to stderr, which Ray carries to the supervisor's."""
+    """Talk goes to stderr, which Ray carries to the supervisor's. Kernels are compiled while the host starts:
+    until they are, sums are made by their NumPy form, with the same bits.
+    """
+    threading.Thread(target=kernels.warm_up, name="kernels", daemon=True).start()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("ray").setLevel(logging.WARNING)
     observe.configure(process, directory)

@@ -6,32 +6,24 @@ Prints one JSON line when it serves; drains on SIGTERM and Ctrl-C; all else that
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-import os
-import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
 import click
 
+from hierfl.cli.serving import catch_signals, directory_option, ready, ready_file_option, until_stopped
+
 if TYPE_CHECKING:
-    from combiners.supervisor import Combiner, CombinerSettings
+    from combiners.supervisor import CombinerSettings
 
 __all__ = ["serve"]
 
 
 @click.command()
 @click.option("--kit", required=True, envvar="HIERFL_KIT", type=click.Path(path_type=Path), help="The combiner's kit.")
-@click.option(
-    "--dir",
-    "directory",
-    required=True,
-    envvar="HIERFL_DIR",
-    type=click.Path(path_type=Path, file_okay=False),
-    help="Where the zone store is kept; made if it is not there.",
-)
+@directory_option("the zone store is")
 @click.option(
     "--controller",
     "controllers",
@@ -65,12 +57,7 @@ __all__ = ["serve"]
     metavar="ADDRESS",
     help="A Ray cluster of this region to join. Default: a local one of its own.",
 )
-@click.option(
-    "--ready-file",
-    envvar="HIERFL_READY_FILE",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Written when it serves, with what is printed.",
-)
+@ready_file_option
 def serve(
     kit: Path,
     directory: Path,
@@ -117,47 +104,9 @@ async def _serve(settings: CombinerSettings, ready_file: Path | None) -> None:
     region = Kit.load(settings.kit).identity.region
     click.echo(f"starting the combiner of {region}: its Ray, its Region and {settings.intakes} intake(s)", err=True)
     stopped = asyncio.Event()
-
-    def catch_signals() -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, stopped.set)
-
-    catch_signals()
-    stdout = sys.stdout
-    try:
-        async with run_combiner(settings, catch_signals) as combiner:
-            _say_ready(region, combiner.addresses, ready_file, stdout)
-            await _until_stopped(combiner, stopped)
+    catch_signals(stopped)
+    with ready("combiner", ready_file) as say_ready:
+        async with run_combiner(settings, lambda: catch_signals(stopped)) as combiner:
+            say_ready(combiner.addresses, region=region)
+            await until_stopped(combiner.failed(), stopped)
             click.echo("stopping: no more updates; sealing what is enough, handing back the rest", err=True)
-    finally:
-        if ready_file is not None:
-            ready_file.unlink(missing_ok=True)
-
-
-async def _until_stopped(combiner: Combiner, stopped: asyncio.Event) -> None:
-    """Wait for a signal; raise what ends the combiner before one comes."""
-    waiters = [asyncio.ensure_future(combiner.failed()), asyncio.ensure_future(stopped.wait())]
-    try:
-        done, _ = await asyncio.wait(waiters, return_when=asyncio.FIRST_COMPLETED)
-        for waiter in done:
-            waiter.result()
-    finally:
-        for waiter in waiters:
-            waiter.cancel()
-
-
-def _say_ready(region: str, addresses: tuple[str, ...], ready_file: Path | None, stdout: TextIO) -> None:
-    document = {
-        "schema": "hierfl.ready/1",
-        "role": "combiner",
-        "region": region,
-        "addresses": addresses,
-        "pid": os.getpid(),
-    }
-    line = json.dumps(document, separators=(",", ":"), sort_keys=True)
-    if ready_file is not None:
-        ready_file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = ready_file.with_name(ready_file.name + ".part")
-        temporary.write_text(line + "\n")
-        temporary.replace(ready_file)
-    print(line, file=stdout, flush=True)

@@ -6,14 +6,12 @@ Prints one JSON line when it serves, ends cleanly on SIGTERM and Ctrl-C; everyth
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-import os
-import signal
-from collections.abc import Coroutine
 from pathlib import Path
 
 import click
+
+from hierfl.cli.serving import catch_signals, directory_option, ready, ready_file_option, until_stopped
 
 __all__ = ["serve"]
 
@@ -22,14 +20,7 @@ __all__ = ["serve"]
 @click.option(
     "--kit", required=True, envvar="HIERFL_KIT", type=click.Path(path_type=Path), help="The controller's kit."
 )
-@click.option(
-    "--dir",
-    "directory",
-    required=True,
-    envvar="HIERFL_DIR",
-    type=click.Path(path_type=Path, file_okay=False),
-    help="Where it keeps runs and models; made if it is not there.",
-)
+@directory_option("runs and models are")
 @click.option(
     "--listen",
     default="127.0.0.1:0",
@@ -37,12 +28,7 @@ __all__ = ["serve"]
     envvar="HIERFL_LISTEN",
     help="Address to serve on; port 0: any free one.",
 )
-@click.option(
-    "--ready-file",
-    envvar="HIERFL_READY_FILE",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Written when it serves, with what is printed.",
-)
+@ready_file_option
 def serve(kit: Path, directory: Path, listen: str, ready_file: Path | None) -> None:
     """Serve as the federation's controller, until SIGTERM or Ctrl-C.
 
@@ -59,39 +45,14 @@ async def _serve(kit: Path, directory: Path, listen: str, ready_file: Path | Non
     from hierfl.pki import Kit
 
     stopped = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+    catch_signals(stopped)
     loaded = Kit.load(kit)
     durable_directory(directory)
     observe.configure("controller", directory)
     try:
-        async with ControllerApp(loaded, directory, listen) as app:
-            _say_ready(app.address, ready_file)
-            await _until_stopped(app.failed(), stopped)
+        with ready("controller", ready_file) as say_ready:
+            async with ControllerApp(loaded, directory, listen) as app:
+                say_ready([app.address])
+                await until_stopped(app.failed(), stopped)
     finally:
         observe.shutdown()
-        if ready_file is not None:
-            ready_file.unlink(missing_ok=True)
-
-
-async def _until_stopped(failed: Coroutine[None, None, None], stopped: asyncio.Event) -> None:
-    """Wait for a signal; raise what ends the controller before one comes."""
-    waiters = [asyncio.ensure_future(failed), asyncio.ensure_future(stopped.wait())]
-    try:
-        done, _ = await asyncio.wait(waiters, return_when=asyncio.FIRST_COMPLETED)
-        for waiter in done:
-            waiter.result()
-    finally:
-        for waiter in waiters:
-            waiter.cancel()
-
-
-def _say_ready(address: str, ready_file: Path | None) -> None:
-    document = {"schema": "hierfl.ready/1", "role": "controller", "addresses": [address], "pid": os.getpid()}
-    line = json.dumps(document, separators=(",", ":"), sort_keys=True)
-    if ready_file is not None:
-        ready_file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = ready_file.with_name(ready_file.name + ".part")
-        temporary.write_text(line + "\n")
-        temporary.replace(ready_file)
-    click.echo(line)

@@ -18,7 +18,7 @@ from typing import Final
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
-from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
+from opentelemetry.sdk.trace.id_generator import IdGenerator
 from opentelemetry.sdk.trace.sampling import ALWAYS_ON
 from opentelemetry.trace import Status
 
@@ -38,8 +38,12 @@ _BINARY: Final = getattr(os, "O_BINARY", 0)  # Windows would else write other li
 _log = logging.getLogger(__name__)
 
 
-class RoundIds(RandomIdGenerator):
-    """Random ids, but for a trace id that was set for the next root span (``observe.begin``)."""
+class RoundIds(IdGenerator):
+    """Random ids, but for a trace id that was set for the next root span (``observe.begin``).
+
+    From the operating system, not from ``random`` as OpenTelemetry's own: an app's tasks seed that, so
+    ids would come again, and drawing them would change what the app draws.
+    """
 
     def __init__(self) -> None:
         self._next = threading.local()
@@ -51,7 +55,10 @@ class RoundIds(RandomIdGenerator):
     def generate_trace_id(self) -> int:
         chosen: int = getattr(self._next, "trace_id", 0)
         self._next.trace_id = 0
-        return chosen or super().generate_trace_id()
+        return chosen or int.from_bytes(os.urandom(16), "big") or 1  # 0 means none
+
+    def generate_span_id(self) -> int:
+        return int.from_bytes(os.urandom(8), "big") or 1
 
 
 def provider(process: str, tier: str, directory: Path, trace_ids: RoundIds) -> TracerProvider:

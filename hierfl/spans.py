@@ -75,7 +75,8 @@ def read(directory: Path) -> tuple[list[SpanLine], int]:
 
 
 def pick_round(spans: Iterable[SpanLine], run: str, round_number: int | None = None) -> list[SpanLine]:
-    """Spans of one round of ``run`` (a unique beginning will do); by default of the last committed one.
+    """Spans of one round of ``run`` (a unique beginning will do); by default of the last one of training that
+    was committed.
 
     Raises:
         NotFound: No such run, or no such round, in these spans.
@@ -88,10 +89,10 @@ def pick_round(spans: Iterable[SpanLine], run: str, round_number: int | None = N
     }
     chosen = _only_run({name for name, _ in keys.values()}, run)
     numbers = {trace: number for trace, (name, number) in keys.items() if name == chosen}
-    committed = {span.trace for span in spans if span.name == SPAN_COMMIT and span.ok}
     if round_number is None:
-        last = max(numbers.values())
-        round_number = max((number for trace, number in numbers.items() if trace in committed), default=last)
+        committed = {span.trace for span in spans if span.name == SPAN_COMMIT and span.ok}
+        evaluations = {span.trace for span in spans if span.attributes.get("task") == "evaluate"}
+        round_number = max((t in committed, t not in evaluations, number) for t, number in numbers.items())[-1]
     picked = [span for span in spans if numbers.get(span.trace) == round_number]
     if not picked:
         known = sorted(set(numbers.values()))

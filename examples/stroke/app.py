@@ -8,7 +8,7 @@ is the same.
 """
 
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ def init(config: Mapping[str, object]) -> dict[str, np.ndarray]:
     return {"coefficients": np.zeros(len(INPUTS), np.float32), "intercept": np.zeros((), np.float32)}
 
 
-@lru_cache(maxsize=None)
+@cache
 def patients(folder: str, site: str, held_out: float, split_seed: int) -> tuple[Sample, Sample]:
     """Training and held-out patients; read once, since all rounds of all runs are over the same."""
     return split(read_hospital(Path(folder), site), held_out, split_seed, site)

@@ -29,7 +29,8 @@ from hierfl.types import Float64Array, Params
 __all__ = ["SET_ASIDE", "Split", "baselines", "folds", "risks_of"]
 
 RIDGE = 10.0
-"""Of fits: a coefficient is expected within about 0.3 of 0, which served hospitals alone best."""
+"""Of fits: a coefficient is expected within about 0.3 of 0. Of 2, 5, 10, 20 and 40, less gave hospitals alone a lower
+AUC, more a higher log loss."""
 
 NUM_FOLDS = 5
 SET_ASIDE = "set aside"

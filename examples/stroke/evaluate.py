@@ -62,7 +62,8 @@ def auc(risks: Float64Array, outcomes: Float64Array, weights: Float64Array) -> F
     wins = (above > 0) + 0.5 * (above == 0)
     pairs = weights[:, bad].sum(axis=1) * weights[:, ~bad].sum(axis=1)
     won = ((weights[:, bad] @ wins) * weights[:, ~bad]).sum(axis=1)
-    return np.divide(won, pairs, out=np.full(len(weights), np.nan), where=pairs > 0)
+    found: Float64Array = np.divide(won, pairs, out=np.full(len(weights), np.nan), where=pairs > 0)
+    return found
 
 
 class Judge:

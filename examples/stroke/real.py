@@ -1,10 +1,12 @@
-"""The study as a real federation on this machine: a controller, a combiner with its own Ray a region, a client a hospital."""
+"""The study as a real federation: a controller, for each region a combiner with its own Ray, for each hospital a client.
+
+All of it on this machine, over mutual TLS; hospitals of one region share processes.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,43 +22,23 @@ from hierfl.job import Job
 from hierfl.local import Federation, serving
 from hierfl.operator import Operator, connect
 from hierfl.pki import Kit
-from hierfl.types import Params, RunId
+from hierfl.types import ModelHash, Params, RunId
 from hierfl.wire import hierfl_pb2 as pb
 
-__all__ = ["Ran", "run_jobs"]
+__all__ = ["run_jobs"]
 
 CONNECT_TIMEOUT_S = 180.0
 LOOK_AGAIN_S = 0.5
 
 
-@dataclass(frozen=True, kw_only=True)
-class Ran:
-    """One run that finished."""
-
-    trained: Trained
-    run: pb.GetRunResponse
-
-    def document(self) -> dict[str, Any]:
-        training = [one for one in self.run.rounds if one.task == pb.TASK_KIND_TRAIN]
-        shares = [share for one in self.run.rounds for share in one.regions]
-        return {
-            "run": self.run.summary.run,
-            "rounds": {
-                "committed": self.run.summary.rounds_committed,
-                "abandoned": self.run.summary.rounds_abandoned,
-                "with_every_hospital": sum(one.num_sites == max(r.num_sites for r in training) for one in training),
-            },
-            "seconds_a_round": round(sum(one.seconds for one in training) / max(len(training), 1), 3),
-            "bytes_over_borders": sum(share.bytes_out for share in shares),
-        }
-
-
-async def run_jobs(study: Study, jobs: Sequence[Job], data: Path, state: Path) -> list[Ran]:
+async def run_jobs(study: Study, jobs: Sequence[Job], data: Path, state: Path) -> list[tuple[Trained, dict[str, Any]]]:
     """Start the federation, run one job after the other, and stop it.
 
     Args:
         data: Folder of the hospitals' files.
         state: Folder of the federation's certificates and stores.
+    Returns:
+        What each run trained, and how it went, for the report.
     Raises:
         RunFailed, Unreachable: A run did not finish, or hospitals did not connect.
     """
@@ -69,14 +51,18 @@ async def run_jobs(study: Study, jobs: Sequence[Job], data: Path, state: Path) -
 
 async def _wait_for_all(operator: Operator, study: Study) -> None:
     """A round begins once enough are there; this one is to have every hospital from the first on."""
-    wanted = len(study.hospitals)
+    wanted, before = len(study.hospitals), -1
     try:
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
             while (there := await _num_connected(operator)) < wanted:
-                say(f"{there} of {wanted} hospitals are connected")
+                if there > before:
+                    say(f"{there} of {wanted} hospitals are connected")
+                before = there
                 await asyncio.sleep(LOOK_AGAIN_S)  # an operator is told of no client's coming
     except TimeoutError:
-        raise Unreachable(f"not all of {wanted} hospitals connected; their logs are in the state folder") from None
+        raise Unreachable(
+            f"{wanted - before} of {wanted} hospitals did not connect; keep their logs with --dir"
+        ) from None
     say(f"all {wanted} hospitals are connected")
 
 
@@ -84,15 +70,29 @@ async def _num_connected(operator: Operator) -> int:
     return sum(region.sites_connected for region in (await operator.status()).regions)
 
 
-async def _run(operator: Operator, federation: Federation, study: Study, job: Job) -> Ran:
+async def _run(operator: Operator, federation: Federation, study: Study, job: Job) -> tuple[Trained, dict[str, Any]]:
     layout, vectors = initial_model(job, app=str(APP_FILE))
     run = await operator.submit(job, await operator.upload_model(layout, vectors))
     raise_for_outcome(await follow(operator, run))
     newest = max(await operator.models(run), key=lambda model: model.version)
     layout, vectors = await operator.fetch_model(newest)
-    local = _kept_at_sites(federation.state, study, run) if job.model.tensors != "all" else {}
-    trained = Trained(model_sha256=newest.model_hash, params=layout.unflatten(vectors), local=local)
-    return Ran(trained=trained, run=await operator.run(run))
+    local = {} if job.model.tensors == "all" else _kept_at_sites(federation.state, study, run)
+    trained = Trained(model_sha256=ModelHash(newest.model_hash), params=layout.unflatten(vectors), local=local)
+    return trained, _document(await operator.run(run), len(study.hospitals))
+
+
+def _document(found: pb.GetRunResponse, num_hospitals: int) -> dict[str, Any]:
+    training = [one for one in found.rounds if one.task == pb.TASK_KIND_TRAIN]
+    return {
+        "run": found.summary.run,
+        "rounds": {
+            "committed": found.summary.rounds_committed,
+            "abandoned": found.summary.rounds_abandoned,
+            "with_every_hospital": sum(one.num_sites == num_hospitals for one in training),
+        },
+        "seconds_a_round": round(sum(one.seconds for one in training) / len(training), 3),
+        "bytes_over_borders": sum(share.bytes_out for one in found.rounds for share in one.regions),
+    }
 
 
 def _kept_at_sites(state: Path, study: Study, run: RunId) -> Mapping[str, Params]:

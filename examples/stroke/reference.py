@@ -49,12 +49,10 @@ def train(job: Job, sites: Grouping, data: Path) -> Trained:
     app = load_app(str(APP_FILE))
     layout, vectors = initial_model(job, app=app)
     strategy = strategies.get(job.strategy.name, job.strategy.options)
-    groups = strategy.column_groups(
-        layout, max_abs=job.arithmetic.max_abs, total_weight=job.arithmetic.total_weight
-    )
+    groups = strategy.column_groups(layout, max_abs=job.arithmetic.max_abs, total_weight=job.arithmetic.total_weight)
     state = strategy.init(vectors)
     first = local_arrays(layout, app.init(job.app))
-    local = {site: first for region in sites.values() for site in region}
+    local: dict[str, Params] = {site: first for region in sites.values() for site in region}
     for number in range(1, job.job.rounds + 1):
         round_ = _Round(job=job, app=app, layout=layout, vectors=vectors, data=data, number=number)
         partials = []

@@ -57,7 +57,9 @@ def group(hospitals: Sequence[Hospital], k: int) -> dict[str, list[Hospital]]:
 def _region_of(hospital: Hospital) -> str:
     region = _REGION_OF.get(hospital.country)
     if region is None:
-        raise ConfigError("COUNTRY", hospital.country, f"of {hospital.name} is in no region (examples/stroke/regions.py)")
+        raise ConfigError(
+            "COUNTRY", hospital.country, f"of {hospital.name} is in no region (examples/stroke/regions.py)"
+        )
     return region
 
 

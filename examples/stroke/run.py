@@ -28,8 +28,9 @@ from reference import Trained
 from study import Study
 
 from hierfl.cli.output import emit, output_option, say, table
+from hierfl.cli.reach import STATE_DIR
 from hierfl.cli.up import run_until_stopped
-from hierfl.errors import HierFLError
+from hierfl.errors import ConfigError, HierFLError
 from hierfl.types import Float64Array
 
 __all__ = ["main", "study_report"]
@@ -60,7 +61,11 @@ INTERCEPTS = {False: "one intercept for all", True: "an intercept kept at each s
 )
 @click.option("--rounds", default=15, show_default=True, type=click.IntRange(min=1), help="Rounds of training.")
 @click.option("--k", default=3, show_default=True, type=click.IntRange(min=2), help="Fewest hospitals in a sum.")
-@click.option("--site-intercept/--shared-intercept", default=None, help="Only with an intercept kept at each site, or only without. Default: both.")
+@click.option(
+    "--site-intercept/--shared-intercept",
+    default=None,
+    help="Only with an intercept kept at each site, or only without. Default: both.",
+)
 @click.option("--in-process", is_flag=True, help="The same rounds in a plain loop, without a federation.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of the split and the draws.")
 @click.option("--draws", default=1000, show_default=True, type=click.IntRange(min=20), help="Of the bootstrap.")
@@ -98,6 +103,8 @@ def command(
 @contextmanager
 def _folder(kept: Path | None) -> Iterator[Path]:
     if kept is not None:
+        if kept.exists() and any(kept.iterdir()):
+            raise ConfigError("--dir", str(kept), "must be an empty folder, or a new one")
         kept.mkdir(parents=True, exist_ok=True)
         yield kept.resolve()
         return
@@ -114,25 +121,27 @@ def study_report(
     jobs = [study.job(own_intercept=kind) for kind in kinds]
     started = time.monotonic()
     same = [reference.train(job, study.sites, data) for job in jobs]
+    ran: list[tuple[Trained, dict[str, Any]]]
     if in_process:
-        trained, runs = same, [{} for _ in jobs]
+        ran = [(one, {}) for one in same]
     else:
-        from real import run_jobs
+        from real import run_jobs  # it needs hierfl[server]; the loop does not
 
-        ran = run_until_stopped(run_jobs(study, jobs, data, folder / ".hierfl"))
-        trained, runs = [one.trained for one in ran], [one.document() for one in ran]
+        ran = run_until_stopped(run_jobs(study, jobs, data, folder / STATE_DIR))
     seconds = round(time.monotonic() - started, 1)
     say("measuring, and training what it is compared with")
-    judge = Judge({site: held_out.outcomes for site, (_, held_out) in study.split.items()}, draws=draws, seed=study.seed)
+    judge = Judge(
+        {site: held_out.outcomes for site, (_, held_out) in study.split.items()}, draws=draws, seed=study.seed
+    )
     results = [
         {
             "intercept": "site" if kind else "shared",
-            "model_sha256": one.model_sha256,
-            "in_process_sha256": reference_.model_sha256,
-            **run,
-            "models": _measure(study, one, data, judge, own_intercept=kind),
+            "model_sha256": trained.model_sha256,
+            "in_process_sha256": loop.model_sha256,
+            **about,
+            "models": _measure(study, trained, data, judge, own_intercept=kind),
         }
-        for kind, one, reference_, run in zip(kinds, trained, same, runs, strict=True)
+        for kind, loop, (trained, about) in zip(kinds, same, ran, strict=True)
     ]
     return {**_describe(study), "in_process": in_process, "seconds_of_training": seconds, "results": results}
 
@@ -203,7 +212,11 @@ def _show(document: Mapping[str, Any]) -> None:
         table(headings, rows)
         difference = result["models"]["pooled"]["federated_minus_this"]["auc"]
         click.echo(f"federated minus pooled AUC  {_cell(difference)}")
-        same = "the same in a plain loop" if result["model_sha256"] == result["in_process_sha256"] else "not that of a plain loop: not every hospital was in every round"
+        same = (
+            "the same in a plain loop"
+            if result["model_sha256"] == result["in_process_sha256"]
+            else "not that of a plain loop: not every hospital was in every round"
+        )
         click.echo(f"model SHA-256  {result['model_sha256']}  ({same})")
     click.echo()
     click.echo("AUC, log loss, calibration error: means over hospitals; in brackets 95 % bootstrap intervals")

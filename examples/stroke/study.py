@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -59,10 +58,9 @@ class Study:
 
     def job(self, *, own_intercept: bool) -> Job:
         """All hospitals in every round. ``own_intercept``: the intercept has the role ``local``."""
-        tensors: str | Sequence[str] = ("coefficients",) if own_intercept else "all"
         return Job(
             job=JobHead(name="stroke", app="stroke", rounds=self.rounds, seed=self.seed),
-            model=ModelChoice(tensors=tensors if isinstance(tensors, str) else tuple(tensors)),
+            model=ModelChoice(tensors=("coefficients",) if own_intercept else "all"),
             round=RoundRules(
                 min_regions=len(self.regions),
                 min_clients=min(len(own) for own in self.regions.values()),

@@ -46,7 +46,7 @@ MIN_BAR_WIDTH = 20
 def trace(run: str, round_number: int | None, directory: Path | None, output: str) -> None:
     """Draw one round of RUN: which region, which hop and which phase took how long.
 
-    ROUND is the last committed one unless given; the beginning of RUN will do where it is unique.
+    ROUND is the last one of training unless given; the beginning of RUN will do where it is unique.
 
     \b
     Examples:

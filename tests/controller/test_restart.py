@@ -19,7 +19,7 @@ DIES_BETWEEN_RECORD_AND_STORE = """
 import asyncio, os, signal, sys
 from pathlib import Path
 from controller.app import ControllerApp
-from controller.command import _say_ready
+from hierfl.cli.serving import ready
 from controller.rows import ModelRow
 from controller.store import SqliteStore
 from hierfl.pki import Kit
@@ -33,7 +33,8 @@ class Dying(SqliteStore):
 async def main(kit, directory):
     open_store = lambda path, federation: Dying(path / "controller.sqlite", federation)
     async with ControllerApp(Kit.load(kit), Path(directory), open_store=open_store) as app:
-        _say_ready(app.address, None)
+        with ready("controller", None) as say_ready:
+            say_ready([app.address])
         await app.failed()
 
 asyncio.run(main(*sys.argv[1:]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import stat
 import subprocess
 import sys
@@ -74,6 +75,19 @@ def test_a_round_keeps_its_trace_id_over_a_restart_of_the_controller(tmp_path: P
     first, second, other, unrelated = [line["trace"] for line in written(tmp_path)]
     assert first == second
     assert len({first, other, unrelated}) == 3
+
+
+def test_ids_neither_follow_nor_disturb_the_generator_that_an_app_has_seeded(tmp_path: Path) -> None:
+    observe.configure("client.site-00", tmp_path)
+    drawn = []
+    for _ in range(2):
+        random.seed(7)
+        observe.begin(SPAN_TRAIN).end()
+        drawn.append(random.random())
+    first, second = written(tmp_path, "client.site-00")
+    assert first["span"] != second["span"]
+    assert first["trace"] != second["trace"]
+    assert drawn[0] == drawn[1] == random.Random(7).random()
 
 
 def test_a_span_may_end_in_another_event_than_it_began_in(tmp_path: Path) -> None:

@@ -198,11 +198,15 @@ def test_an_answer_that_outlived_its_call_moves_no_clock() -> None:
     assert set(spans.clock_offsets(tape.lines).values()) == {0}
 
 
-def test_the_default_round_is_the_last_committed_one() -> None:
+def test_the_default_round_is_the_last_committed_one_of_training() -> None:
     first, second = a_round(Tape("a" * 32)), a_round(Tape("b" * 32), number=2)
     open_one = Tape("c" * 32)
     open_one.add("controller", SPAN_ROUND, 0, 1, run="run-1", round=3)
+    evaluation = Tape("d" * 32)
+    top = evaluation.add("controller", SPAN_ROUND, 0, 1, run="run-1", round=3, task="evaluate")
+    evaluation.add("controller", SPAN_COMMIT, 0.5, 1, top)
     lines = first.lines + second.lines + open_one.lines
+    assert {line.trace for line in spans.pick_round(lines + evaluation.lines, "run-1")} == {"b" * 32}
     assert {line.trace for line in spans.pick_round(lines, "run-1")} == {"b" * 32}
     assert {line.trace for line in spans.pick_round(lines, "run-1", 3)} == {"c" * 32}
     assert {line.trace for line in spans.pick_round(open_one.lines, "run-1")} == {"c" * 32}
