@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from combiners.desk import IntakeSettings
-from combiners.leftovers import adopt_orphans, clean_up, clean_up_predecessor, make_temporary
 from combiners.settings import RegionSettings
 from hierfl.config import Address
 from hierfl.errors import ConfigError, HierFLError, PortInUse, StorageError, StoreLocked, Unreachable
+from hierfl.leftovers import adopt_orphans, clean_up, clean_up_predecessor, make_temporary
 from hierfl.pki import Kit
 
 __all__ = ["Combiner", "CombinerSettings", "run_combiner"]
@@ -220,7 +220,7 @@ def _own(settings: CombinerSettings, namespace: str) -> Iterator[None]:
             address="local",
             namespace=namespace,
             _node_ip_address="127.0.0.1",
-            _temp_dir=str(folder),
+            _temp_dir=str(folder / "r"),  # Ray opens its own folder to everybody; the one around it is not
             include_dashboard=False,
             num_cpus=1,
             object_store_memory=_object_store_bytes(),

@@ -1,7 +1,8 @@
 """How good risks are, at each hospital and on average over hospitals, and how sure that is.
 
-Every figure is a mean over hospitals, each counting the same, of what it is at one hospital; only the
-calibration slope is of all patients together, since a hospital has too few for a slope of its own.
+Every figure is a mean over hospitals, each counting the same, of what it is at one hospital (a hospital whose
+held-out patients all had one outcome has no AUC); only the calibration slope is of all patients together, since a
+hospital has too few for a slope of its own.
 Intervals are 95 % percentile bootstrap intervals: patients are drawn anew within each hospital, and for
 what is to hold at other hospitals too, hospitals are drawn anew as well. All models are measured on the
 same draws, so differences between models are paired.
@@ -41,9 +42,6 @@ class Estimate:
     value: float
     low: float
     high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
 
     def document(self) -> dict[str, Any]:
         return {"value": round(self.value, 5), "low": round(self.low, 5), "high": round(self.high, 5)}

@@ -1,4 +1,4 @@
-"""The study as a real federation: a controller, for each region a combiner with its own Ray, for each hospital a client.
+"""The study as a real federation: a controller, a combiner with its own Ray for each region, a client for each site.
 
 All of it on this machine, over mutual TLS; hospitals of one region share processes.
 """

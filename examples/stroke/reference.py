@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import cache, reduce
 from operator import add
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from hierfl.layout import Layout, model_hash
 from hierfl.plan import task_seed
 from hierfl.types import ClientId, ClientRef, Float32Array, ModelHash, Params, RegionId, RunId, SiteId
 
-__all__ = ["APP_FILE", "Trained", "train"]
+__all__ = ["APP_FILE", "Grouping", "Trained", "the_app", "train"]
 
 APP_FILE = Path(__file__).with_name("app.py")
 
@@ -44,9 +44,15 @@ class Trained:
         return {**self.params, **self.local.get(site, {})}
 
 
+@cache
+def the_app() -> App:
+    """The app, loaded once: it keeps the patients that it has read."""
+    return load_app(str(APP_FILE))
+
+
 def train(job: Job, sites: Grouping, data: Path) -> Trained:
     """Train as ``job`` says over ``sites``, whose files lie in ``data``."""
-    app = load_app(str(APP_FILE))
+    app = the_app()
     layout, vectors = initial_model(job, app=app)
     strategy = strategies.get(job.strategy.name, job.strategy.options)
     groups = strategy.column_groups(layout, max_abs=job.arithmetic.max_abs, total_weight=job.arithmetic.total_weight)

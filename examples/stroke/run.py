@@ -87,6 +87,7 @@ def command(
 ) -> None:
     """Train on the trial's hospitals as a real federation, and compare with what else could be done."""
     say(f"reading {data}")
+    report.parent.mkdir(parents=True, exist_ok=True)
     study = Study.of(data, min_patients=min_patients, rounds=rounds, k=k, seed=seed)
     regions = ", ".join(f"{region} {len(own)}" for region, own in study.regions.items())
     say(f"{len(study.hospitals)} hospitals of at least {min_patients} patients: {regions}")
@@ -116,10 +117,9 @@ def study_report(
     study: Study, kinds: tuple[bool, ...], folder: Path, *, in_process: bool, draws: int
 ) -> dict[str, Any]:
     """Train with and without an intercept at each site (``kinds``), measure, compare: the report's document."""
-    data = folder / "hospitals"
+    started, data = time.monotonic(), folder / "hospitals"
     write_hospitals(study.hospitals, data)
     jobs = [study.job(own_intercept=kind) for kind in kinds]
-    started = time.monotonic()
     same = [reference.train(job, study.sites, data) for job in jobs]
     ran: list[tuple[Trained, dict[str, Any]]]
     if in_process:
@@ -128,7 +128,6 @@ def study_report(
         from real import run_jobs  # it needs hierfl[server]; the loop does not
 
         ran = run_until_stopped(run_jobs(study, jobs, data, folder / STATE_DIR))
-    seconds = round(time.monotonic() - started, 1)
     say("measuring, and training what it is compared with")
     judge = Judge(
         {site: held_out.outcomes for site, (_, held_out) in study.split.items()}, draws=draws, seed=study.seed
@@ -143,7 +142,8 @@ def study_report(
         }
         for kind, loop, (trained, about) in zip(kinds, same, ran, strict=True)
     ]
-    return {**_describe(study), "in_process": in_process, "seconds_of_training": seconds, "results": results}
+    seconds = round(time.monotonic() - started, 1)
+    return {**_describe(study), "in_process": in_process, "seconds": seconds, "results": results}
 
 
 def _describe(study: Study) -> dict[str, Any]:
@@ -212,15 +212,21 @@ def _show(document: Mapping[str, Any]) -> None:
         table(headings, rows)
         difference = result["models"]["pooled"]["federated_minus_this"]["auc"]
         click.echo(f"federated minus pooled AUC  {_cell(difference)}")
-        same = (
-            "the same in a plain loop"
-            if result["model_sha256"] == result["in_process_sha256"]
-            else "not that of a plain loop: not every hospital was in every round"
-        )
-        click.echo(f"model SHA-256  {result['model_sha256']}  ({same})")
+        click.echo(f"model SHA-256  {result['model_sha256']}  ({_origin(document, result)})")
     click.echo()
-    click.echo("AUC, log loss, calibration error: means over hospitals; in brackets 95 % bootstrap intervals")
+    click.echo(
+        "AUC, log loss: means over hospitals. Calibration error: of a hospital's rate, root mean square over them."
+    )
+    click.echo("In brackets 95 % bootstrap intervals; where it never trained, of other hospitals like these.")
     click.echo(f"data: {SOURCE}")
+
+
+def _origin(document: Mapping[str, Any], result: Mapping[str, Any]) -> str:
+    if document["in_process"]:
+        return "made in a plain loop"
+    if result["model_sha256"] == result["in_process_sha256"]:
+        return "a plain loop makes the same"
+    return "a plain loop makes another: not every hospital was in every round"
 
 
 def _cell(found: Mapping[str, float]) -> str:

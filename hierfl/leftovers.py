@@ -1,8 +1,8 @@
 """Nothing of a combiner outlives it: its descendants, and what a predecessor that was killed left behind.
 
 Ray's processes sit in groups of their own and outlive their driver. This process adopts them (child
-subreaper), so that a walk of its tree finds them all; a note beside the zone store tells the next start of
-the same combiner what a killed one had. Linux.
+subreaper), so that a walk of its tree finds them all; a note beside the zone store (``ray.json``) tells the
+next start of the same combiner, and the `hierfl up` that ends it, what a killed one had. Linux.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ from pathlib import Path
 
 import psutil
 
+from hierfl.folders import write_file
+
 __all__ = ["adopt_orphans", "clean_up", "clean_up_predecessor", "make_temporary"]
 
 logger = logging.getLogger(__name__)
 
 PR_SET_CHILD_SUBREAPER = 36
 PREFIX = "hfl-"
-LONGEST_PARENT = 40
-"""Of the temporary folder's parent: Ray's socket paths in it end at 107 bytes."""
+LONGEST_PARENT = 24
+"""Of the temporary folder's parent, in bytes: a socket's path ends at 107, and Ray's own names take 79 of them."""
 END_S = 5.0
 
 
@@ -35,11 +37,20 @@ def adopt_orphans() -> None:
 
 
 def make_temporary(note: Path) -> Path:
-    """A short temporary folder, noted in ``note`` with the process that owns it."""
+    """A short temporary folder for this user only, noted in ``note`` with the process that owns it.
+
+    Raises:
+        OSError: One of them cannot be written; neither is left.
+    """
     parent = tempfile.gettempdir()
     folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent if len(parent) <= LONGEST_PARENT else "/tmp"))  # noqa: S108 - mkdtemp makes it private
     own = psutil.Process()
-    note.write_text(json.dumps({"folder": str(folder), "pid": own.pid, "started": own.create_time()}))
+    words = json.dumps({"folder": str(folder), "pid": own.pid, "started": own.create_time()})
+    try:
+        write_file(note, words.encode())
+    except BaseException:
+        folder.rmdir()
+        raise
     return folder
 
 
