@@ -98,10 +98,9 @@ def serve(
 
 
 async def _serve(settings: CombinerSettings, ready_file: Path | None) -> None:
-    from combiners.supervisor import run_combiner
-    from hierfl.pki import Kit
+    from combiners.supervisor import load_kit, run_combiner
 
-    region = Kit.load(settings.kit).identity.region
+    region = load_kit(settings.kit).identity.region
     click.echo(f"starting the combiner of {region}: its Ray, its Region and {settings.intakes} intake(s)", err=True)
     stopped = asyncio.Event()
     catch_signals(stopped)

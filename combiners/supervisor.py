@@ -26,9 +26,9 @@ from combiners.settings import RegionSettings
 from hierfl.config import Address
 from hierfl.errors import ConfigError, HierFLError, PortInUse, StorageError, StoreLocked, Unreachable
 from hierfl.leftovers import adopt_orphans, clean_up, clean_up_predecessor, make_temporary
-from hierfl.pki import Kit
+from hierfl.pki import Kit, RoleName
 
-__all__ = ["Combiner", "CombinerSettings", "run_combiner"]
+__all__ = ["Combiner", "CombinerSettings", "load_kit", "run_combiner"]
 
 logger = logging.getLogger(__name__)
 
@@ -127,6 +127,27 @@ async def _quietly(*references: Any) -> None:
             logger.debug("while stopping: %s", answer)
 
 
+def load_kit(path: Path) -> Kit:
+    """A combiner's kit.
+
+    Raises:
+        ConfigError: It is somebody else's.
+        IdentityError: As ``Kit.load``.
+    """
+    kit = Kit.load(path)
+    if kit.identity.role is not RoleName.COMBINER:
+        raise ConfigError("--kit", str(path), f"must be a combiner's kit, it is that of {kit.identity}")
+    return kit
+
+
+def _check_ports(listen: tuple[str, ...]) -> None:
+    """Find a taken port before Ray is started; its intake will find it again, if it is taken meanwhile."""
+    from hierfl.wire import tls
+
+    for address in listen:
+        tls.probe(address)
+
+
 @asynccontextmanager
 async def run_combiner(
     settings: CombinerSettings, on_ray: Callable[[], None] = lambda: None
@@ -142,10 +163,12 @@ async def run_combiner(
         PortInUse: Another program listens on a port asked for.
         Unreachable: The cluster to join does not answer.
     """
-    kit = Kit.load(settings.kit)
+    kit = load_kit(settings.kit)
     controllers = settings.controllers or kit.addresses
     if not controllers:
         raise ConfigError("--controller", None, "is needed: the kit names no controller either")
+    if not settings.ray_address:
+        _check_ports(settings.listen)
     with _alone(settings.directory), _ray(settings, f"{NAMESPACE}.{kit.identity.federation}.{kit.identity.region}"):
         on_ray()
         combiner = await _start(settings, controllers)

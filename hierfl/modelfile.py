@@ -5,12 +5,14 @@ A model's identity is its hash over layout and vectors (``hierfl/layout.py``), n
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
 
-from hierfl.errors import ConfigError, NotFound
+from hierfl.errors import ConfigError, DiskFull, NotFound, StorageError
 from hierfl.types import Params
 
 __all__ = ["FORMATS", "check_suffix", "read_safetensors", "write"]
@@ -23,7 +25,6 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
         NotFound: No such file.
         ConfigError: Not a safetensors file, or with a dtype that NumPy lacks.
     """
-    from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     try:
@@ -63,11 +64,26 @@ def check_suffix(path: Path) -> None:
 
 
 def write(path: Path, params: Params, metadata: Mapping[str, str]) -> None:
-    """Write a model in the format that the suffix names: whole, or not at all."""
+    """Write a model in the format that the suffix names: whole, or not at all.
+
+    Raises:
+        ConfigError: The suffix names no format, or one that needs a package which is not here.
+        DiskFull, StorageError: It cannot be written there.
+    """
     check_suffix(path)
     temporary = path.with_name(f".{path.name}.part")
     try:
         FORMATS[path.suffix](temporary, params, metadata)
         temporary.replace(path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # a library's word for a disk that refuses
+        temporary.unlink(missing_ok=True)
+        raise _not_written(path, params, error) from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _not_written(path: Path, params: Params, error: Exception) -> StorageError:
+    folder, size = path.resolve().parent, sum(array.nbytes for array in params.values())
+    if folder.is_dir() and shutil.disk_usage(folder).free < size:
+        return DiskFull(f"no space left on the disk of {folder} for a model of {size:,} bytes; make room and try again")
+    return StorageError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}")

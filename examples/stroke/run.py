@@ -30,7 +30,7 @@ from study import Study
 from hierfl.cli.output import emit, output_option, say, table
 from hierfl.cli.reach import STATE_DIR
 from hierfl.cli.up import run_until_stopped
-from hierfl.errors import ConfigError, HierFLError
+from hierfl.errors import ConfigError, HierFLError, Interrupted
 from hierfl.types import Float64Array
 
 __all__ = ["main", "study_report"]
@@ -211,7 +211,7 @@ def _show(document: Mapping[str, Any]) -> None:
         ]
         table(headings, rows)
         difference = result["models"]["pooled"]["federated_minus_this"]["auc"]
-        click.echo(f"federated minus pooled AUC  {_cell(difference)}")
+        click.echo(f"federated minus pooled AUC  {_cell(difference, '+.3f')}")
         click.echo(f"model SHA-256  {result['model_sha256']}  ({_origin(document, result)})")
     click.echo()
     click.echo(
@@ -229,8 +229,8 @@ def _origin(document: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     return "a plain loop makes another: not every hospital was in every round"
 
 
-def _cell(found: Mapping[str, float]) -> str:
-    return f"{found['value']:.3f} ({found['low']:.3f} to {found['high']:.3f})"
+def _cell(found: Mapping[str, float], form: str = ".3f") -> str:
+    return "{value:{form}} ({low:{form}} to {high:{form}})".format(form=form, **found)
 
 
 def main() -> int:
@@ -240,11 +240,14 @@ def main() -> int:
     except click.ClickException as error:
         error.show()
         return error.exit_code
+    except Interrupted as error:
+        click.echo(str(error), err=True)
+        return error.exit_code
     except HierFLError as error:
         click.echo(f"error {error.code}: {error}", err=True)
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        return 130
+        return Interrupted.exit_code
     return 0
 
 

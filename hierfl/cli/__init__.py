@@ -12,15 +12,19 @@ from pathlib import Path
 
 import click
 
-from hierfl.errors import DiskFull, ExtraMissing, HierFLError, Interrupted, PortInUse
+from hierfl.errors import DiskFull, ExtraMissing, HierFLError, Interrupted, PortInUse, StorageError
 
 __all__ = ["main"]
 
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # before gRPC is imported: its own log is not for users
 
+_FORBIDDEN = "this user may not do that here{where}: check who owns the file or folder, its mode, and its disk's"
 _ERRNO = {
     errno.ENOSPC: (DiskFull, "no space left on the disk{where}; nothing half-written remains, make room and try again"),
     errno.EDQUOT: (DiskFull, "the disk quota is used up{where}; make room and try again"),
+    errno.EACCES: (StorageError, _FORBIDDEN),
+    errno.EPERM: (StorageError, _FORBIDDEN),
+    errno.EROFS: (StorageError, _FORBIDDEN),
     errno.EADDRINUSE: (PortInUse, "another program listens on the port asked for{where}; choose another, or port 0"),
 }
 """What the operating system says, for the few cases that reach the edge without a name of ours."""

@@ -73,6 +73,7 @@ class FolderLock:
 
     Raises:
         StoreLocked: Another process, or another client in this one, has the folder.
+        DiskFull: No space.
         StorageError: The folder cannot be written.
     """
 
@@ -86,6 +87,8 @@ class FolderLock:
             self._connection.execute("BEGIN EXCLUSIVE")
         except sqlite3.Error as error:
             self._connection.close()
+            if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
+                raise DiskFull(f"no space left on the disk of {folder}; make room and try again") from None
             if error.sqlite_errorcode != sqlite3.SQLITE_BUSY:
                 raise StorageError(f"{path} cannot be used: {error}") from None
             raise StoreLocked(

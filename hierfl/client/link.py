@@ -36,7 +36,7 @@ from hierfl.wire import hierfl_pb2 as pb
 from hierfl.wire import rpc, transfer
 from hierfl.wire.convert import key_to_proto, receipt_from_proto
 
-__all__ = ["Link", "Waits", "probe"]
+__all__ = ["Link", "Waits", "checked", "probe"]
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 REMIND_S = 60.0
@@ -57,7 +57,7 @@ class Link:
         Raises:
             ConfigError: The kit is not a client's, or names no address.
         """
-        self.kit = _checked(kit)
+        self.kit = checked(kit)
         self.client: ClientRef = kit.identity.client_ref
         self._apps = [pb.App(name=name, version=version) for name, version in apps]
         self._say = say
@@ -101,7 +101,7 @@ class Link:
     def _reload_kit(self) -> None:
         """Take up a renewed certificate, or new addresses. A kit that is being replaced is not there for a moment."""
         try:
-            self.kit = _checked(Kit.load(self.kit.path))
+            self.kit = checked(Kit.load(self.kit.path))
         except (IdentityError, ConfigError) as error:
             raise Unreachable(f"the kit cannot be used now: {error}") from None
 
@@ -186,7 +186,12 @@ def _seen_from_here(error: HierFLError) -> HierFLError:
     return Unreachable(str(error)) if its_own else error
 
 
-def _checked(kit: Kit) -> Kit:
+def checked(kit: Kit) -> Kit:
+    """A client's kit that names its combiner.
+
+    Raises:
+        ConfigError: It is another's, or names no address.
+    """
     if kit.identity.role is not RoleName.CLIENT:
         raise ConfigError("--kit", str(kit.path), f"must be a client's kit, it is that of {kit.identity}")
     if not kit.addresses:

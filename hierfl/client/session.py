@@ -22,7 +22,7 @@ from hierfl import observe
 from hierfl.client.courier import TRY_AGAIN, Courier
 from hierfl.client.folder import ClientFolder
 from hierfl.client.held import Held, Work, encode_update
-from hierfl.client.link import Link
+from hierfl.client.link import Link, checked
 from hierfl.client.models import FetchedModel, ModelCache, OwnModels
 from hierfl.client.offers import SitePolicy, accept, check_groups, decline_code
 from hierfl.client.work import Made, TaskFailed, do_task
@@ -95,7 +95,7 @@ class Session:
             StorageError, ConfigError: The folder, or the kit, cannot be used.
         """
         self.site = site
-        self.client = kit.identity.client_ref
+        self.client = checked(kit).identity.client_ref
         app = site.policy.app
         self.link = Link(kit, [(app.name, app.version)], self.say)
         self.courier = Courier(self.link, self.say)

@@ -28,6 +28,7 @@ __all__ = [
     "channel_options",
     "open_channel",
     "peer_identity",
+    "probe",
     "server_credentials",
     "server_options",
 ]
@@ -135,26 +136,29 @@ def bind(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredenti
         PortInUse: Another program listens there.
         ConfigError: The address is none, or none of this machine, or not this user's to listen on.
     """
+    probe(address)
+    try:
+        return int(server.add_secure_port(address, credentials))
+    except RuntimeError:
+        probe(address)
+        raise PortInUse(f"cannot listen on {address}: another program took it just now; choose another port") from None
+
+
+def probe(address: str) -> None:
+    """Say why nobody can listen on ``address``, if so: gRPC only says that it could not.
+
+    Raises:
+        PortInUse, ConfigError: As ``bind``.
+    """
     try:
         host, port = Address.parse(address)
     except ValueError as error:
         raise ConfigError("listen", address, str(error)) from None
-    if port:
-        _probe(host, port, address)
-    try:
-        return int(server.add_secure_port(address, credentials))
-    except RuntimeError:
-        _probe(host, port, address)
-        raise PortInUse(f"cannot listen on {address}: another program took it just now; choose another port") from None
-
-
-def _probe(host: str, port: int, address: str) -> None:
-    """Say why gRPC could not listen on ``address``: it only says that it could not."""
     try:
         family, kind, protocol, _, where = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gRPC does: closed connections may linger
-            probe.bind(where)
+        with socket.socket(family, kind, protocol) as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gRPC does: closed connections may linger
+            trial.bind(where)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise PortInUse(

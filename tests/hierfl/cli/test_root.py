@@ -112,7 +112,7 @@ def fail(monkeypatch, hierfl):
         (ConfigError("a.b", 1, "must be 2", "job.toml"), 3, "error HFL-101: job.toml: a.b = 1 must be 2\n"),
         (Unreachable("nobody at 127.0.0.1:1"), 6, "error HFL-501: nobody at 127.0.0.1:1\n"),
         (RunFailed("no model"), 1, "error HFL-700: no model\nmore: hierfl explain HFL-700\n"),
-        (Interrupted("stopped"), 130, "error HFL-701: stopped\n"),
+        (Interrupted("stopped"), 130, "stopped\n"),
         (KeyboardInterrupt(), 130, ""),
         (click.UsageError("wrong"), 2, "Error: wrong"),
         (OSError(errno.ENOSPC, "No space left", "/data/x"), 1, "error HFL-601: no space left on the disk (/data/x)"),

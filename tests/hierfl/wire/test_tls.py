@@ -324,7 +324,7 @@ async def test_an_address_that_is_not_this_machines_is_a_configuration_error(
 
 def test_keep_alive_is_set_at_both_ends_together(kits: dict[str, Kit]) -> None:
     caller, callee = dict(tls.channel_options(kits["eu"].identity)), dict(tls.server_options())
-    assert int(callee["grpc.http2.min_recv_ping_interval_without_data_ms"]) < int(caller["grpc.keepalive_time_ms"])
+    assert int(callee["grpc.http2.min_ping_interval_without_data_ms"]) < int(caller["grpc.keepalive_time_ms"])
     assert caller["grpc.keepalive_permit_without_calls"] == callee["grpc.keepalive_permit_without_calls"] == 1
     assert callee["grpc.so_reuseport"] == 0
 
