@@ -129,7 +129,7 @@ class Session:
             host.store.settle, key, event, version=verdict.model_version, reason=_reason(verdict.reason)
         )
         host.reception.deliver(tuple(receipts))
-        for base, task in await host.on_disk(host.store.prune, host.settings.keep_partials):
+        for base, task in await host.on_disk(host.store.prune, host.settings.keep_partial_bytes):
             host.apply(PartialPruned(base, task))
 
     async def _is_counted(self, verdict: pb.Verdict, digest: str) -> bool:

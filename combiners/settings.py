@@ -22,5 +22,5 @@ class RegionSettings:
     """Seconds without a tick after which an intake is void."""
     capacity: int = 8
     """Runs served at once."""
-    keep_partials: int = 2
-    """Judged partials whose bytes are kept, for another run over the same base and task."""
+    keep_partial_bytes: int = 2**30
+    """Judged partials are kept up to this size, newest first: the same job, submitted again, gets the same bytes."""

@@ -6,6 +6,7 @@ updates are never written here.
 
 from __future__ import annotations
 
+import itertools
 import sqlite3
 import time
 from collections.abc import Iterable, Sequence
@@ -177,14 +178,15 @@ class ZoneStore:
                 settled.append(after)
         return settled
 
-    def prune(self, keep: int) -> list[tuple[str, str]]:
-        """Remove the bytes of judged partials but for the newest ``keep``; says of which (base, task) they were."""
-        rows = self._file.rows(
+    def prune(self, keep_bytes: int) -> list[tuple[str, str]]:
+        """Remove the bytes of judged partials, the newest ``keep_bytes`` of them stay; says of which (base, task)."""
+        judged = self._file.rows(
             "select digest, base_model_hash, task_hash from partials where is_kept and not exists"
             " (select 1 from addresses a where a.seal_id = partials.seal_id and not a.is_judged)"
-            " order by sealed_unix_ns desc limit -1 offset ?",
-            (keep,),
+            " order by sealed_unix_ns desc"
         )
+        sizes = itertools.accumulate(self._size(digest) for digest, _, _ in judged)
+        rows = [row for row, total in zip(judged, sizes, strict=True) if total > keep_bytes]
         if not rows:
             return []
         with self._file.transaction() as database:
@@ -192,6 +194,12 @@ class ZoneStore:
         for digest, _, _ in rows:
             self._blob(digest).unlink(missing_ok=True)
         return [(base, task) for _, base, task in rows]
+
+    def _size(self, digest: str) -> int:
+        try:
+            return self._blob(digest).stat().st_size
+        except FileNotFoundError:
+            return 0
 
     def _blob(self, digest: str) -> Path:
         return self._blobs / f"{digest.replace(':', '-')}.partial"

@@ -44,8 +44,6 @@ pickling (Ray carries them across processes).
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 __all__ = [
     "AppError",
     "CertificateExpired",
@@ -89,8 +87,8 @@ __all__ = [
 class HierFLError(Exception):
     """Root of the tree. Subclasses set ``code`` and ``exit_code``; the message is one sentence."""
 
-    code: ClassVar[str] = "HFL-000"
-    exit_code: ClassVar[int] = 1
+    code: str = "HFL-000"
+    exit_code: int = 1
 
 
 class ConfigError(HierFLError):

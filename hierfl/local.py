@@ -26,17 +26,19 @@ from typing import Any
 
 from hierfl import provision
 from hierfl.config import FederationConfig, RegionConfig, SiteConfig
-from hierfl.errors import HierFLError, StoreLocked
-from hierfl.processes import Child, Program, kill_all
+from hierfl.errors import StoreLocked
+from hierfl.leftovers import clean_up_predecessor
+from hierfl.processes import Child, Program, find, kill_all
 from hierfl.types import RegionId
 
-__all__ = ["OPERATOR", "Federation", "running", "serving"]
+__all__ = ["OPERATOR", "Federation", "end_leftovers", "running", "serving"]
 
 OPERATOR = "admin"
 """Name of the operator whose kit ``up`` makes."""
 CLIENTS_PER_PROCESS = 32
 """Clients of one region and app that share a process; each keeps its own certificate and connection."""
 RESTART_FIRST_S, RESTART_MOST_S = 1.0, 30.0
+UP_NOTE = "up.json"
 
 Say = Callable[[str], None]
 
@@ -44,13 +46,17 @@ Say = Callable[[str], None]
 class Federation:
     """The running processes of one federation. Made by ``serving``."""
 
-    def __init__(self, config: FederationConfig, state: Path, say: Say, *, restart: bool = True) -> None:
+    def __init__(
+        self, config: FederationConfig, state: Path, say: Say, watchers: asyncio.TaskGroup, *, restart: bool = True
+    ) -> None:
+        """``watchers``: ends with the error of a process that cannot go on. ``restart``: others are started again."""
         self.config = config
         self.state = state
         self.fleet = uuid.uuid4().hex
         self.children: dict[str, Child] = {}
         self._say = say
         self._restart = restart
+        self._group = watchers
         self._watchers: set[asyncio.Task[None]] = set()
         self._addresses: dict[str, list[str]] = {}
 
@@ -123,7 +129,7 @@ class Federation:
             stopping = [child.stop() for name, child in self.children.items() if name.startswith(prefix)]
             await asyncio.gather(*stopping)
         self.children.clear()
-        await asyncio.to_thread(kill_all, self.fleet)
+        await asyncio.to_thread(end_leftovers, self.state)
 
     def region(self, name: RegionId) -> RegionConfig:
         return next(region for region in self.config.regions if region.name == name)
@@ -140,10 +146,9 @@ class Federation:
         child = self.children[name] = await Child.start(program, self.fleet)
         if has_ready_line:
             self._note_ready(name, await child.ready)
-        if self._restart:
-            watcher = asyncio.create_task(self._keep_up(child))
-            self._watchers.add(watcher)
-            watcher.add_done_callback(self._watchers.discard)
+        watcher = self._group.create_task(self._keep_up(child))
+        self._watchers.add(watcher)
+        watcher.add_done_callback(self._watchers.discard)
 
     def _note_ready(self, name: str, document: dict[str, Any]) -> None:
         self._addresses[name] = document["addresses"]
@@ -152,16 +157,20 @@ class Federation:
         path.write_text(json.dumps(document))
 
     async def _keep_up(self, child: Child) -> None:
-        """Start a process again when it ends by itself, ever more slowly."""
+        """Start a process again when it ends by itself, ever more slowly.
+
+        Raises:
+            ProgramFailed: It is not to be started again, or never ran and never will.
+        """
         pause_s = RESTART_FIRST_S
         while self.children.get(child.name) is child:
-            status = await child.exited()
+            failure = await child.failed()
             if self.children.get(child.name) is not child:
                 return
             await child.kill()  # what outlived it would hold its ports
-            self._say(
-                f"{child.name} ended (exit {status}); starting it again in {pause_s:.0f} s; log: {child.program.log}"
-            )
+            if not self._restart or (failure.is_final and pause_s == RESTART_FIRST_S):
+                raise failure
+            self._say(f"{failure}; starting it again in {pause_s:.0f} s")
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, RESTART_MOST_S)
             child = self.children[child.name] = await Child.start(child.program, self.fleet)
@@ -211,20 +220,37 @@ async def serving(
 
     Raises:
         StoreLocked: This state folder's federation is running already.
+        ProgramFailed: One of its processes cannot go on: what is done in the block is cancelled.
     """
     state.mkdir(parents=True, exist_ok=True)
-    federation = Federation(config, state, say, restart=restart)
-    with _claim(state, federation.fleet):
-        try:
-            await federation.start()
-            yield federation
-        except* HierFLError as group:
-            raise _first(group) from None
-        finally:
-            await asyncio.shield(federation.stop())
+    try:
+        async with asyncio.TaskGroup() as watchers:
+            federation = Federation(config, state, say, watchers, restart=restart)
+            with _claim(state, federation.fleet):
+                try:
+                    await federation.start()
+                    yield federation
+                except asyncio.CancelledError:
+                    say("stopping clients, combiners and controller; Ctrl-C again does not wait for their last words")
+                    raise
+                finally:
+                    await _stop(federation)
+    except BaseExceptionGroup as group:
+        raise _first(group) from None
 
 
-def _first(group: BaseExceptionGroup[HierFLError]) -> HierFLError:
+async def _stop(federation: Federation) -> None:
+    """Stop all of it; whoever is asked a second time does not wait for what a stop seals and sends."""
+    stopping = asyncio.ensure_future(federation.stop())
+    try:
+        await asyncio.shield(stopping)
+    except asyncio.CancelledError:
+        await asyncio.to_thread(kill_all, federation.fleet)
+        await stopping
+        raise
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
     """The first of several failures: one clear line is worth more than all of them."""
     error = group.exceptions[0]
     return _first(error) if isinstance(error, BaseExceptionGroup) else error
@@ -240,21 +266,34 @@ def _claim(state: Path, fleet: str) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise StoreLocked(f"the federation in {state} is running already; stop it with `hierfl down`") from None
-        note = state / "up.json"
-        if note.exists():
-            with contextlib.suppress(json.JSONDecodeError, KeyError):
-                kill_all(json.loads(note.read_text())["fleet"])
-        note.write_text(json.dumps({"schema": "hierfl.up/1", "pid": os.getpid(), "fleet": fleet}))
+        end_leftovers(state)
+        note = {"schema": "hierfl.up/1", "pid": os.getpid(), "fleet": fleet}
+        (state / UP_NOTE).write_text(json.dumps(note))
         try:
             yield
         finally:
-            note.unlink(missing_ok=True)
+            end_leftovers(state)
+
+
+def end_leftovers(state: Path) -> int:
+    """End what is left of the last federation of this state folder: processes, temporary folders, its note.
+
+    Returns how many processes were left.
+    """
+    last = running(state)
+    left = find(last["fleet"]) if last else []
+    if last:
+        kill_all(last["fleet"])
+    for note in (state / "regions").glob("*/ray.json"):
+        clean_up_predecessor(note)
+    (state / UP_NOTE).unlink(missing_ok=True)
+    return len(left)
 
 
 def running(state: Path) -> dict[str, Any] | None:
-    """Who runs the federation of this state folder: its ``up.json``; None where nobody does."""
+    """Who runs the federation of this state folder, or did when it was killed: its ``up.json``, if there is one."""
     try:
-        document: dict[str, Any] = json.loads((state / "up.json").read_text())
+        document: dict[str, Any] = json.loads((state / UP_NOTE).read_text())
     except (FileNotFoundError, json.JSONDecodeError):
         return None
-    return document
+    return document if "fleet" in document else None

@@ -25,6 +25,8 @@ from hierfl.wire.status import from_rpc_error
 
 __all__ = ["Operator", "connect"]
 
+CONNECT_S = 5.0
+"""Longest wait for a controller's first answer: an operator sits in front of it."""
 MAX_MODEL_BYTES = 2**40
 """Bound on a model fetched from a controller that this operator's own CA vouches for: 1 TiB."""
 
@@ -41,10 +43,21 @@ async def connect(kit: Kit, address: str) -> AsyncIterator[Operator]:
     channel = tls.open_channel(kit, address, server)
     try:
         stub = rpc.stub(channel, "OperatorService")
-        await rpc.hello(stub, "the controller", address)
+        await _hello(stub, address)
         yield Operator(stub, address)
     finally:
         await channel.close()
+
+
+async def _hello(stub: rpc.Stub, address: str) -> None:
+    try:
+        async with asyncio.timeout(CONNECT_S):
+            await rpc.hello(stub, "the controller", address)
+    except TimeoutError:
+        raise Unreachable(
+            f"the controller at {address} gave no answer in {CONNECT_S:g} s: check the address, that it runs, and "
+            "that the network lets this machine out to it"
+        ) from None
 
 
 class Operator:

@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import json
 import os
+import re
 import signal
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -20,15 +21,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+import click
 import psutil
 
-from hierfl.errors import HierFLError, RunFailed
+from hierfl.errors import ConfigError, Refused, RunFailed
 
-__all__ = ["Child", "Program", "find", "kill_all"]
+__all__ = ["Child", "Program", "ProgramFailed", "find", "kill_all"]
 
 MARK = "HIERFL_FLEET"
 _PR_SET_PDEATHSIG = 1
 _LAST_WORDS = 20
+_OUR_ERROR = re.compile(r"error (HFL-\d{3}): ")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +43,27 @@ class Program:
     log: Path
     has_ready_line: bool = True
     env: Mapping[str, str] = field(default_factory=dict)
+
+
+class ProgramFailed(RunFailed):
+    """A program that should be running has ended. It carries that program's own error: code, exit status, words."""
+
+    def __init__(self, name: str, status: int, said: str, log: str) -> None:
+        """``said``: the line that it ended with, ``error HFL-...: ...`` where it is one of ours."""
+        super().__init__(name, status, said, log)
+        self.name, self.status, self.said, self.log = name, status, said, log
+        known = _OUR_ERROR.match(said)
+        if known is not None:
+            self.code, self.exit_code = known[1], status
+
+    def __str__(self) -> str:
+        words = _OUR_ERROR.sub("", self.said) or "it said nothing"
+        return f"{self.name} ended (exit {self.status}): {words}; its log: {self.log}"
+
+    @property
+    def is_final(self) -> bool:
+        """Whether starting it again would change nothing: wrong usage, configuration, or a refusal."""
+        return self.status in (click.UsageError.exit_code, ConfigError.exit_code, Refused.exit_code)
 
 
 def find(mark: str, session: int = 0) -> list[psutil.Process]:
@@ -127,6 +151,10 @@ class Child:
             self.ready.exception()  # asked for or not, it is no warning
         return status
 
+    async def failed(self) -> ProgramFailed:
+        """Wait for its end, and say why it came."""
+        return self._failure(await self.exited())
+
     async def _read_stdout(self, stream: asyncio.StreamReader, log: IO[str]) -> None:
         async for raw in stream:
             line = raw.decode("utf-8", "replace")
@@ -142,10 +170,10 @@ class Child:
             log.flush()
             self._last_words.append(line.rstrip())
 
-    def _failure(self, status: int) -> HierFLError:
-        said = next((line for line in reversed(self._last_words) if line.startswith("error ")), "")
-        said = said or (self._last_words[-1] if self._last_words else "it said nothing")
-        return RunFailed(f"{self.name} did not start (exit {status}): {said}; its log: {self.program.log}")
+    def _failure(self, status: int) -> ProgramFailed:
+        said = next(filter(_OUR_ERROR.match, self._last_words), "")
+        said = said or (self._last_words[-1] if self._last_words else "")
+        return ProgramFailed(self.name, status, said, str(self.program.log))
 
     async def stop(self, grace_s: float = 40.0) -> None:
         """SIGTERM, then SIGKILL after ``grace_s``; then whatever it left behind."""

@@ -1,7 +1,7 @@
 """From the trial's published CSV to a model's inputs: the same at every hospital, from its own patients only.
 
 Nothing here is learnt from data. The constants that centre and scale the inputs are round figures after the
-trial's published baseline table (Lancet 1997; 349: 1569-81), so a hospital needs to know of no other one.
+trial's marginals (Lancet 1997; 349: 1569-81), so a hospital needs to know of no other one.
 Inputs are what was known at randomisation; what came later (``ID14``) or was made from outcomes (``EXPD6``)
 is never read. Columns are found by name, so the published file and any extract of it will do.
 """

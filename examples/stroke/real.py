@@ -14,7 +14,8 @@ from reference import APP_FILE, Trained
 from study import Study
 
 from hierfl.cli.output import say
-from hierfl.cli.runs import follow, raise_for_outcome
+from hierfl.cli.progress import Progress
+from hierfl.cli.runs import raise_for_outcome
 from hierfl.client import initial_model
 from hierfl.client.held import LocalTensors
 from hierfl.errors import Unreachable
@@ -73,12 +74,22 @@ async def _num_connected(operator: Operator) -> int:
 async def _run(operator: Operator, federation: Federation, study: Study, job: Job) -> tuple[Trained, dict[str, Any]]:
     layout, vectors = initial_model(job, app=str(APP_FILE))
     run = await operator.submit(job, await operator.upload_model(layout, vectors))
-    raise_for_outcome(await follow(operator, run))
+    await _follow(operator, run)
     newest = max(await operator.models(run), key=lambda model: model.version)
     layout, vectors = await operator.fetch_model(newest)
     local = {} if job.model.tensors == "all" else _kept_at_sites(federation.state, study, run)
     trained = Trained(model_sha256=ModelHash(newest.model_hash), params=layout.unflatten(vectors), local=local)
     return trained, _document(await operator.run(run), len(study.hospitals))
+
+
+async def _follow(operator: Operator, run: RunId) -> None:
+    """Show the run until it ends. It ends with this program, so Ctrl-C detaches from nothing."""
+    with Progress() as progress:
+        async for snapshot in operator.follow(run):
+            progress.show(snapshot)
+            if snapshot.summary.state == "paused":
+                break
+    raise_for_outcome((await operator.run(run)).summary)
 
 
 def _document(found: pb.GetRunResponse, num_hospitals: int) -> dict[str, Any]:

@@ -230,7 +230,7 @@ async def _train(federation: Federation, job: Job) -> Outcome:
     layout, first = await asyncio.to_thread(initial_model, job, app=APP)
     async with connect(Kit.load(federation.operator_kit), federation.controller_address) as operator:
         run = await operator.submit(job, await operator.upload_model(layout, first))
-        raise_for_outcome(await follow(operator, run))
+        raise_for_outcome(await follow(operator, run, goes_on=False))
         models = [first]
         for model in sorted(await operator.models(run), key=lambda model: model.version)[1:]:
             models.append((await operator.fetch_model(model))[1])  # noqa: PERF401  one at a time

@@ -56,7 +56,7 @@ def _find_kit(path: Path | None) -> Path:
         kits = sorted((state / "kits" / "operators").glob("*/kit.toml"))
         if kits:
             return kits[0].parent
-    raise NotFound("federation", str(Path.cwd()), "start one here with `hierfl up`, or name an operator's --kit")
+    raise NotFound("federation in", str(Path.cwd()), "start one here with `hierfl up`, or name an operator's --kit")
 
 
 def _find_address(given: str | None, kit: Kit, kit_dir: Path) -> str:

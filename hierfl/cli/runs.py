@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ import click
 
 from hierfl.cli.output import emit, output_option, say, table
 from hierfl.cli.reach import call, operator_options
-from hierfl.errors import ConfigError, RunFailed
+from hierfl.errors import ConfigError, RunFailed, Unreachable
 
 if TYPE_CHECKING:
     from google.protobuf.message import Message
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
 TICK_S = 1.0
 """How long a round may wait before it is said for what."""
+RETRY_S = 1.0
+"""Between two tries to reach a controller that went away."""
+ENDED = ("finished", "failed", "cancelled")
+"""States after which nothing follows."""
 
 __all__ = ["follow", "message_document", "raise_for_outcome", "runs"]
 
@@ -52,8 +56,8 @@ def raise_for_outcome(summary: pb.RunSummary) -> None:
         raise RunFailed(f"run {summary.run} {summary.state}: {summary.reason or 'by an operator'}")
 
 
-async def follow(operator: Operator, run: str) -> pb.RunSummary:
-    """Show a run until it ends or pauses; on Ctrl-C say how to come back, and leave it running."""
+async def follow(operator: Operator, run: str, *, goes_on: bool = True) -> pb.RunSummary:
+    """Show a run until it ends or pauses; on Ctrl-C say how to come back to it, where it ``goes_on`` without us."""
     from hierfl.cli.progress import Progress
 
     summary = (await operator.run(run)).summary
@@ -61,7 +65,7 @@ async def follow(operator: Operator, run: str) -> pb.RunSummary:
         with Progress() as progress:
             ticking = asyncio.create_task(_tick(progress))
             try:
-                async for snapshot in operator.follow(run):
+                async for snapshot in _snapshots(operator, run):
                     summary = snapshot.summary
                     progress.show(snapshot)
                     if summary.state == "paused":
@@ -69,9 +73,34 @@ async def follow(operator: Operator, run: str) -> pb.RunSummary:
             finally:
                 ticking.cancel()
     except asyncio.CancelledError:
-        say(f"detached; the run goes on. Back to it: `hierfl status {run} -w`; its end: `hierfl runs cancel {run}`")
+        if goes_on:
+            say(f"detached; the run goes on. Back to it: `hierfl status {run} -w`; its end: `hierfl runs cancel {run}`")
         raise
     return summary
+
+
+async def _snapshots(operator: Operator, run: str) -> AsyncIterator[pb.FollowRunResponse]:
+    """Snapshots until the run ends, each committed round once. A controller that goes away is waited for."""
+    told: set[tuple[int, int]] = set()
+    said, state = False, ""
+    while True:
+        why = f"the controller at {operator.address} closed the connection"
+        try:
+            async for snapshot in operator.follow(run):
+                said, state = False, snapshot.summary.state
+                key = (snapshot.committed.task, snapshot.committed.round)
+                if snapshot.HasField("committed") and key in told:
+                    continue
+                told.add(key)
+                yield snapshot
+        except Unreachable as error:
+            why = str(error)
+        if state in ENDED:
+            return
+        if not said:
+            say(f"{why}; the run goes on when it is back, and is followed again")
+            said = True
+        await asyncio.sleep(RETRY_S)
 
 
 async def _tick(progress: Progress) -> None:

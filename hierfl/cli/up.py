@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import signal
 from collections.abc import Coroutine
 from pathlib import Path
@@ -18,6 +17,9 @@ from hierfl.errors import Interrupted, NotFound
 __all__ = ["down", "run_until_stopped", "up"]
 
 T = TypeVar("T")
+
+STOP_S = 90.0
+"""Longest time that `down` waits for an orderly end."""
 
 
 def run_until_stopped(main: Coroutine[Any, Any, T]) -> T:
@@ -75,20 +77,30 @@ def up(federation_file: Path) -> None:
 @click.argument("directory", default=".", type=click.Path(path_type=Path, file_okay=False))
 def down(directory: Path) -> None:
     """Stop the federation that `hierfl up` runs in this folder, and wait until it is gone."""
-    import psutil
-
-    from hierfl.local import running
-    from hierfl.processes import kill_all
+    from hierfl.local import end_leftovers, running
 
     state = state_dir(directory)
     found = running(state) if state else None
-    if found is None:
-        raise NotFound("running federation", str(directory.resolve()), "nothing to stop")
-    with contextlib.suppress(psutil.NoSuchProcess):
-        process = psutil.Process(found["pid"])
-        if "up" in process.cmdline():  # not a stranger who got the number
-            say("stopping clients, combiners and controller")
-            process.terminate()
-            process.wait(timeout=90)
-    kill_all(found["fleet"])
-    say("stopped")
+    stopped = found is not None and _end(found["pid"])
+    left = end_leftovers(state) if state else 0
+    if not stopped and not left:
+        raise NotFound("running federation in", str(directory.resolve()), "nothing to stop")
+    say("stopped; nothing is left running")
+
+
+def _end(pid: int) -> bool:
+    """SIGTERM to the `hierfl up` of this number, and wait for its end; whether it was there."""
+    import psutil
+
+    try:
+        process = psutil.Process(pid)
+        if "up" not in process.cmdline():  # a stranger who got the number
+            return False
+        say("stopping clients, combiners and controller")
+        process.terminate()
+        process.wait(timeout=STOP_S)
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.TimeoutExpired:
+        process.kill()
+    return True

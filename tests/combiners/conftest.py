@@ -150,6 +150,10 @@ class Controller:
         self.partials: asyncio.Queue[tuple[AttemptKey, PartialHead, PartialAggregate, str]] = asyncio.Queue()
         self.on_attach: list[pb.AttachResponse] = []
         self.refuse_uplinks = 0
+        self.hang_uplinks = 0
+        """So many uplinks are never answered."""
+        self.troubles: dict[str, list[Exception]] = {}
+        """What the next calls of an RPC raise."""
         self.address = ""
         self._sessions: list[asyncio.Queue[pb.AttachResponse | None]] = []
         self._attachment = asyncio.Condition()
@@ -163,9 +167,12 @@ class Controller:
         self.address = f"127.0.0.1:{port}"
         await self._server.start()
 
-    async def stop(self) -> None:
+    def end_sessions(self) -> None:
         for session in self._sessions:
             session.put_nowait(None)
+
+    async def stop(self) -> None:
+        self.end_sessions()
         assert self._server is not None
         await self._server.stop(0)
 
@@ -205,10 +212,13 @@ class Controller:
         verdict = pb.Verdict(key=key_to_proto(key), leader_epoch=self.leader_epoch, reason=reason)
         self.say(pb.AttachResponse(verdict=verdict))
 
-    def commit(self, plan: Plan, digest: str, made: ToyModel, counted: str | None = None) -> None:
+    def commit(
+        self, plan: Plan, digest: str, made: ToyModel, counted: str | None = None, of: AttemptKey | None = None
+    ) -> None:
         """A verdict: the region's partial is in version ``plan.round``, which is ``made``.
 
-        ``counted``: digest that the signed record names, where it is another.
+        ``counted``: digest that the signed record names, where it is another. ``of``: the attempt that the verdict
+        is on, where ``plan``'s was a later one.
         """
         self.on_attach.clear()
         self.models[made.hash] = made.outgoing
@@ -235,7 +245,7 @@ class Controller:
             )
         )
         verdict = pb.Verdict(
-            key=key_to_proto(plan.key),
+            key=key_to_proto(of or plan.key),
             leader_epoch=self.leader_epoch,
             committed=True,
             partial_digest=digest,
@@ -247,12 +257,17 @@ class Controller:
         )
         self.say(pb.AttachResponse(verdict=verdict))
 
+    def _trouble(self, rpc_name: str) -> None:
+        if self.troubles.get(rpc_name):
+            raise self.troubles[rpc_name].pop(0)
+
     # ---------------------------------------------------------------- RPCs
 
     async def Hello(self, request: pb.HelloRequest, context: Any) -> pb.HelloResponse:  # noqa: N802  the RPC
         return rpc.answer_hello(request)
 
     async def Attach(self, request: pb.AttachRequest, context: Any) -> AsyncIterator[pb.AttachResponse]:  # noqa: N802  the RPC
+        self._trouble("Attach")
         session: asyncio.Queue[pb.AttachResponse | None] = asyncio.Queue()
         self._sessions.append(session)
         attached = pb.Attached(leader_epoch=self.leader_epoch, report_every_s=0.3, silence_s=1.0)
@@ -279,6 +294,10 @@ class Controller:
     async def Uplink(self, frames: AsyncIterator[bytes], context: Any) -> pb.UplinkResponse:  # noqa: N802  the RPC
         incoming = Incoming(Expect("partial", None, None, 2**30))
         await rpc.frames_of(frames, incoming)
+        if self.hang_uplinks:
+            self.hang_uplinks -= 1
+            await asyncio.Event().wait()
+        self._trouble("Uplink")
         if self.refuse_uplinks:
             self.refuse_uplinks -= 1
             await context.abort(grpc.StatusCode.UNAVAILABLE, "busy")
@@ -296,6 +315,7 @@ class Controller:
         )
 
     async def FetchModel(self, request: pb.FetchModelRequest, context: Any) -> AsyncIterator[bytes]:  # noqa: N802  the RPC
+        self._trouble("FetchModel")
         async for frame in rpc.outgoing_frames(self.models[request.model_hash]):
             yield frame
 

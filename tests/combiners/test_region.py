@@ -464,3 +464,22 @@ def test_a_drain_seals_what_is_enough_and_hands_the_rest_back(harness, plan):
     assert only(said, CloseAtIntakes) == [CloseAtIntakes(few.key, Reason.REGION_SILENT)]
     assert only(said, Tell) == []
     assert few.key not in harness.region.attempts
+
+
+def test_an_intake_that_joins_during_a_seal_is_told_of_the_attempt_when_that_goes_on(harness, plan):
+    harness.open(plan, 0, 1)
+    harness.join(2, incarnation="b")
+    harness.fold(plan, 0, 1)
+    harness.fold(plan, 2, incarnation="b")
+    seal_id = harness.freeze.seal_id
+    harness.do(IntakeVoid("b"), IntakeJoined("c"))
+    assert harness.region.openings() == ()
+    handed = HandedOver(incarnation="a", key=plan.key, seal_id=seal_id, entries=(claim(plan, 0), claim(plan, 1)))
+    said = harness.do(handed)
+    assert said == [Resume(plan.key, seal_id), OpenAtIntakes(key=plan.key, offer=b"offer")]
+
+
+def test_a_partial_on_its_way_is_sent_again_when_it_is_asked_for_again(harness, plan):
+    harness.seal(plan, 0, 1, 2)
+    harness.do(PartialSealed(plan.key, "blake3:ff"))
+    assert harness.do(OfferTaken(plan=plan, offer=b"anew")) == [SendPartial(plan.key, "blake3:ff")]

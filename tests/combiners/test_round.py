@@ -13,14 +13,19 @@ from combiners.attempt import Phase
 from hierfl.border import verify_rows
 from hierfl.errors import (
     CertificateUntrusted,
+    DiskFull,
+    HierFLError,
     LayoutMismatch,
     RoundClosed,
+    StorageError,
     TransferIncomplete,
     ValueOutOfRange,
     WireError,
 )
 from hierfl.identity import Identity, RoleName
+from hierfl.receipts import Receipt, ReceiptState
 from hierfl.residency import ZonePolicy
+from hierfl.types import UpdateKey
 from hierfl.wire import hierfl_pb2 as pb
 from hierfl.wire import rpc, tls
 from hierfl.wire.convert import key_from_proto, key_to_proto
@@ -294,6 +299,122 @@ async def test_a_drain_seals_what_is_enough_and_sends_it(start_combiner, control
         await asyncio.gather(*(client.hand_in(plan) for client in clients[:3]))
     _, head, _, _ = controller.partials.get_nowait()
     assert head.num_updates == 3
+
+
+async def test_an_uplink_that_a_lost_session_cut_off_is_made_again(
+    start_combiner, controller, client_kits, connect, plan
+):
+    controller.hang_uplinks = 1
+    async with start_combiner() as combiner:
+        clients = await joined(connect, combiner, client_kits[:3])
+        await controller.offer(plan)
+        await asyncio.gather(*(client.until_sealed(plan) for client in clients))
+        await until(lambda: controller.hang_uplinks == 0)
+        controller.end_sessions()
+        async with asyncio.timeout(10):
+            key, _, _, _ = await controller.partials.get()
+        assert key == plan.key
+
+
+@pytest.mark.parametrize("trouble", [DiskFull("full"), StorageError("gone"), HierFLError("a bug")])
+async def test_trouble_on_the_controllers_own_side_is_waited_for(
+    trouble, start_combiner, controller, client_kits, connect, plan
+):
+    controller.troubles = {"Attach": [trouble], "Uplink": [trouble], "FetchModel": [trouble]}
+    async with start_combiner() as combiner:
+        clients = await joined(connect, combiner, client_kits[:3])
+        await controller.offer(plan)
+        await asyncio.gather(*(client.until_sealed(plan) for client in clients))
+        async with asyncio.timeout(10):
+            key, _, _, _ = await controller.partials.get()
+        assert (key, combiner.region.failed.done()) == (plan.key, False)
+
+
+async def test_a_partial_sealed_for_an_earlier_attempt_is_settled_by_its_round(
+    start_combiner, controller, client_kits, connect, plan, toy_model
+):
+    async with start_combiner() as combiner:
+        clients = await joined(connect, combiner, client_kits[:3])
+        await controller.offer(plan)
+        await asyncio.gather(*(client.until_sealed(plan) for client in clients))
+        _, _, _, digest = await controller.partials.get()
+        controller.commit(replace(plan, attempt=2), digest, toy_model(1.0), of=plan.key)
+        told = [await client.event("receipt") for client in clients]
+        assert [(one.state, one.model_version) for one in told] == [(4, 1)] * 3
+        assert combiner.region.store.pending() == []
+
+
+async def test_a_verdict_on_training_without_its_record_is_not_believed(
+    start_combiner, controller, client_kits, connect, plan, caplog
+):
+    async with start_combiner() as combiner:
+        clients = await joined(connect, combiner, client_kits[:3])
+        await controller.offer(plan)
+        await asyncio.gather(*(client.until_sealed(plan) for client in clients))
+        _, _, _, digest = await controller.partials.get()
+        verdict = pb.Verdict(
+            key=key_to_proto(plan.key), leader_epoch=1, committed=True, partial_digest=digest, model_version=1
+        )
+        controller.say(pb.AttachResponse(verdict=verdict))
+        await until(lambda: "is not believed" in caplog.text)
+        assert [receipt.state for receipt in await clients[0].receipts(plan.key)] == [pb.RECEIPT_STATE_SEALED]
+
+
+async def test_a_last_word_stands_where_a_restarted_region_collects_again(
+    start_combiner, controller, client_kits, connect, plan
+):
+    async with start_combiner() as combiner:
+        clients = await joined(connect, combiner, client_kits[:3])
+        await controller.offer(plan)
+        await asyncio.gather(*(client.offer() for client in clients))
+        await clients[0].hand_in(plan)
+        refused = Receipt(
+            key=UpdateKey(plan.key, clients[0].ref),
+            digest=clients[0].update(plan)[0].digest,
+            state=ReceiptState.NOT_COUNTED,
+            reason="too_few_sites",
+        )
+        combiner.region.store.record([refused])
+        await combiner.kill()
+    async with start_combiner() as combiner:
+        clients = await joined(connect, combiner, client_kits[:4])
+        await asyncio.gather(*(client.offer() for client in clients))
+        told = await clients[0].hand_in(plan)
+        assert (told.state, told.reason) == (pb.RECEIPT_STATE_NOT_COUNTED, "too_few_sites")
+        await asyncio.gather(*(client.hand_in(plan) for client in clients[1:]))
+        _, head, _, _ = await controller.partials.get()
+        assert head.num_updates == 3
+        assert [one.state for one in await clients[0].receipts(plan.key)] == [pb.RECEIPT_STATE_NOT_COUNTED]
+
+
+async def test_two_runs_that_seal_at_once_each_have_their_sums(
+    start_combiner, controller, client_kits, connect, plan, toy_model
+):
+    base = toy_model(2.0)
+    controller.models[base.hash] = base.outgoing
+    second = replace(plan, run="run-2", base=replace(plan.base, model_hash=base.hash))
+    async with start_combiner() as combiner:
+        clients = await joined(connect, combiner, client_kits[:3])
+        await controller.offer(plan)
+        await controller.offer(second)
+        both = {(await client.offer()).run for client in clients for _ in range(2)}
+        assert both == {"run-1", "run-2"}
+        await asyncio.gather(*(client.hand_in(one) for one in (plan, second) for client in clients[:2]))
+        await asyncio.gather(*(clients[2].hand_in(one) for one in (plan, second)))
+        async with asyncio.timeout(10):
+            runs = {(await controller.partials.get())[0].run for _ in range(2)}
+        assert (runs, combiner.region.failed.done()) == ({"run-1", "run-2"}, False)
+
+
+async def test_a_model_that_the_shelf_let_go_is_fetched_again_for_an_open_attempt(
+    start_combiner, controller, client_kits, connect, plan, toy_model
+):
+    async with start_combiner() as combiner:
+        clients = await joined(connect, combiner, client_kits[:3])
+        await controller.offer(plan)
+        await clients[0].offer()
+        combiner.region.models._models.clear()
+        assert (await combiner.region.model(plan.base.model_hash)).model_hash == plan.base.model_hash
 
 
 async def until(condition) -> None:

@@ -160,11 +160,11 @@ def test_the_verdict_of_another_run_over_the_same_bytes_leaves_receipts_alone(st
 
 def test_pruned_bytes_are_gone_but_their_release_is_remembered(store, plan, tmp_path):
     write(store, plan)
-    assert store.prune(keep=0) == []
+    assert store.prune(keep_bytes=0) == []
     store.settle(plan.key, ReceiptEvent.COMMIT, version=1)
-    assert store.prune(keep=1) == []
+    assert store.prune(keep_bytes=2**20) == []
     pair = (plan.base.model_hash, plan.task.hash)
-    assert store.prune(keep=0) == [pair]
+    assert store.prune(keep_bytes=0) == [pair]
     assert store.released() == {pair: ""}
     assert list((tmp_path / "blobs").iterdir()) == []
 

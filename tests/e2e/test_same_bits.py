@@ -28,3 +28,16 @@ async def test_every_grouping_of_the_same_sites_makes_the_same_model(federate):
         models[num_regions, intakes] = [item.model_hash for item in trained]
     assert len({tuple(hashes) for hashes in models.values()}) == 1, models
     assert len(set(models[1, 1])) == 3, "each round makes another model"
+
+
+async def test_the_same_job_submitted_twice_gets_the_same_bytes_and_trains_nobody(federate):
+    trained: list[int] = []
+    app = noisy_app(on_train=trained.append)
+    async with federate(split(3), app=app) as federation:
+        first = await federation.train(job(min_regions=3, min_clients=4))
+        num_trained = len(trained)
+        again = await federation.train(job(min_regions=3, min_clients=4))
+    assert (first.summary.state, again.summary.state) == ("finished", "finished"), again.summary.reason
+    assert num_trained == 36
+    assert len(trained) == num_trained
+    assert [item.model_hash for item in again.rounds] == [item.model_hash for item in first.rounds]

@@ -36,7 +36,9 @@ from hierfl.wire import hierfl_pb2 as pb
 NUM_VALUES = 1000
 
 
-def noisy_app(*, delay_s: float = 0.0, num_values: int = NUM_VALUES) -> App:
+def noisy_app(
+    *, delay_s: float = 0.0, num_values: int = NUM_VALUES, on_train: Callable[[int], None] = lambda seed: None
+) -> App:
     """An app whose update depends on ``task.seed`` only; it takes up to ``delay_s`` at random to make it."""
 
     def init(config: Mapping[str, object]) -> dict[str, np.ndarray]:
@@ -48,6 +50,7 @@ def noisy_app(*, delay_s: float = 0.0, num_values: int = NUM_VALUES) -> App:
         }
 
     def train(task: Task) -> Update:
+        on_train(task.seed)
         if delay_s:
             time.sleep(random.SystemRandom().uniform(0, delay_s))  # another order of arrival each time
         rng = np.random.default_rng(task.seed)
