@@ -235,7 +235,7 @@ class Seal:
 
 @dataclass(frozen=True)
 class SendPartial:
-    """Uplink the sealed bytes with ``digest`` under ``key``, until acknowledged."""
+    """Uplink the sealed bytes with ``digest`` under ``key``, until acknowledged; nothing new while that goes on."""
 
     key: AttemptKey
     digest: str

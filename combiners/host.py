@@ -59,7 +59,7 @@ from combiners.settings import RegionSettings
 from combiners.uplink import Uplink
 from combiners.zone import ZoneStore
 from hierfl import observe
-from hierfl.errors import ConfigError, HierFLError, ResidencyError, StaleEpoch, StorageError
+from hierfl.errors import ConfigError, HierFLError, InvalidTransition, ResidencyError, StaleEpoch, StorageError
 from hierfl.pki import Kit, RoleName
 from hierfl.receipts import Reason, Receipt
 from hierfl.types import AttemptKey, ModelHash, RegionId
@@ -110,7 +110,8 @@ class RegionHost:
         self._tasks: set[asyncio.Task[None]] = set()
         self._sealing: set[asyncio.Task[None]] = set()
         self._sending: dict[AttemptKey, asyncio.Task[None]] = {}
-        self._handed: dict[tuple[str, str], HandOver] = {}
+        self._handed: dict[AttemptKey, dict[str, HandOver]] = {}
+        """By incarnation, of each attempt that is frozen."""
         self._waits: dict[AttemptKey, observe.Span] = {}
         self._settled = asyncio.Event()
 
@@ -167,8 +168,11 @@ class RegionHost:
             return
         error = task.exception()
         assert error is not None
-        logger.error("the region %s cannot go on: %s", self.name, error, exc_info=error)
+        self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
         if not self.failed.done():
+            logger.error("the region %s cannot go on: %s", self.name, error, exc_info=error)
             self.failed.set_exception(error)
 
     async def on_disk(self, function: Callable[..., T], *arguments: Any, **more: Any) -> T:
@@ -176,10 +180,11 @@ class RegionHost:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._disk, lambda: function(*arguments, **more))
 
-    async def writes_done(self) -> None:
-        """Wait until no seal is being written: its outcome is known before anything else is decided."""
+    async def apply_between_seals(self, *events: Event) -> None:
+        """``apply`` once no seal is being written: its outcome is known before anything ends its attempt."""
         while self._sealing:
             await asyncio.wait(self._sealing)
+        self.apply(*events)
 
     def progressed(self) -> None:
         """Something that the controller shows has changed."""
@@ -194,7 +199,12 @@ class RegionHost:
 
     def apply(self, *events: Event) -> None:
         """Let the state machine take ``events``, and do what it says."""
-        for instruction in self.region.handle(*events):
+        try:
+            instructions = self.region.handle(*events)
+        except InvalidTransition as error:
+            self._fail(error)  # a bug of ours: a new start begins from what is durable
+            raise
+        for instruction in instructions:
             self._carry_out(instruction)
         self.uplink.progressed()
         self._settled.set()
@@ -213,17 +223,21 @@ class RegionHost:
                 self._set_timer(instruction.timer, instruction.seconds)
             case Freeze():
                 self._end_wait(instruction.key)
+                self._handed[instruction.key] = {}
                 for incarnation in instruction.incarnations:
                     self.spawn(self._freeze(incarnation, instruction.key, instruction.seal_id))
             case Resume():
+                self._handed.pop(instruction.key, None)
                 self.reception.at_intakes(lambda port: port.resume(instruction.key, instruction.seal_id))
             case VoidIntake():
                 logger.error("intake %s handed over what it had not claimed; it is void", instruction.incarnation)
                 self.reception.drop(instruction.incarnation)
             case Seal():
-                self._sealing.add(self.spawn(self._seal(instruction)))
+                handed = self._handed.pop(instruction.plan.key)
+                hand_overs = [handed[incarnation] for incarnation in instruction.entries]
+                self._sealing.add(self.spawn(self._seal(instruction, hand_overs)))
             case SendPartial():
-                self._sending[instruction.key] = self.spawn(self.session.send(instruction.key, instruction.digest))
+                self._send(instruction)
             case StopSending():
                 sending = self._sending.pop(instruction.key, None)
                 if sending is not None:
@@ -234,6 +248,17 @@ class RegionHost:
                 self.spawn(self.session.abstain(instruction.key, instruction.reason))
             case Tell():
                 self.spawn(self._tell(instruction.receipts))
+
+    def _send(self, instruction: SendPartial) -> None:
+        key = instruction.key
+        if key in self._sending:
+            return
+        task = self._sending[key] = self.spawn(self.session.send(key, instruction.digest))
+        task.add_done_callback(lambda task: self._sent(key, task))
+
+    def _sent(self, key: AttemptKey, task: asyncio.Task[None]) -> None:
+        if self._sending.get(key) is task:
+            del self._sending[key]
 
     def _open(self, instruction: OpenAtIntakes) -> None:
         offer = pb.Offer.FromString(instruction.offer)
@@ -247,6 +272,7 @@ class RegionHost:
 
     def _close(self, key: AttemptKey, reason: Reason) -> None:
         self._end_wait(key)
+        self._handed.pop(key, None)
         self.reception.at_intakes(lambda port: port.close(key, reason))
 
     def _end_wait(self, key: AttemptKey) -> None:
@@ -287,14 +313,13 @@ class RegionHost:
             hand_over: HandOver = await line.call(lambda port: port.freeze(key, seal_id))
         except HierFLError:
             return  # the line has said that the intake is lost
-        self._handed[seal_id, incarnation] = hand_over
+        if key in self._handed:
+            self._handed[key][incarnation] = hand_over
         self.apply(HandedOver(incarnation=incarnation, key=key, seal_id=seal_id, entries=hand_over.entries))
 
-    async def _seal(self, instruction: Seal) -> None:
+    async def _seal(self, instruction: Seal, hand_overs: list[HandOver]) -> None:
         """Add up, pass the gate, make durable, tell; a failure is the attempt's, unless the store is not ours."""
         key = instruction.plan.key
-        hand_overs = [self._handed[instruction.seal_id, incarnation] for incarnation in instruction.entries]
-        self._handed.clear()
         try:
             with (
                 observe.remote_parent(self._traceparent(key)),
@@ -351,6 +376,10 @@ class RegionHost:
         return self.reception.clients()
 
     async def model(self, model_hash: ModelHash) -> Model | None:
+        for attempt in self.region.attempts.values():
+            base = attempt.plan.base
+            if attempt.phase is Phase.COLLECTING and base.model_hash == model_hash:  # the shelf may have let it go
+                return await self.models.get(model_hash, base.layout_hash, base.size_bytes)
         return await self.models.find(model_hash)
 
 

@@ -145,13 +145,15 @@ class RegionLink:
             bytes_in=bytes_in,
             bytes_out=bytes_out,
         )
+        said = False
         try:
             while True:
                 try:
                     reply = await self._region.tick(self.incarnation, tick)
                     break
                 except HierFLError as error:
-                    logger.debug("a tick is sent again: %s", error)
+                    logger.log(logging.DEBUG if said else logging.WARNING, "the region is told again: %s", error)
+                    said = True
                     await asyncio.sleep(RETRY_S)
             if reply.known:
                 for (_, waiter), answer in zip(claims, reply.answers, strict=True):

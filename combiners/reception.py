@@ -133,7 +133,7 @@ class Reception:
         events = [*self._connection_events(incarnation, tick), *(_event_of(incarnation, one) for one in tick.reports)]
         if events:
             self._shell.apply(*events)
-        answers = [await self._answer(self._shell.region.claim(incarnation, claim), claim) for claim in tick.claims]
+        answers = [await self._answer(incarnation, claim) for claim in tick.claims]
         told = [await self._told(key) for key in tick.asks]
         if tick.claims:
             self._shell.progressed()
@@ -150,25 +150,33 @@ class Reception:
                 events.append(ClientLeft(incarnation=incarnation, client=one.client))
         return events
 
-    async def _answer(self, answer: ClaimAnswer, claim: Claim) -> ClaimAnswer:
-        """A refusal for good is a receipt, durable before it is said; an update sealed before has one already."""
+    async def _answer(self, incarnation: str, claim: Claim) -> ClaimAnswer:
+        """A refusal for good is a receipt, durable before it is said. What has its last word, or is sealed, is asked
+        no more, though the attempt is offered again after a restart.
+        """
+        known = await self._shell.on_disk(self._shell.store.receipt, claim.key)
+        if known is not None:
+            self._shell.apply(ClientDeclined(claim.key))
+            return ClaimAnswer(key=claim.key, answer=Answer.KNOWN, receipt=known)
+        answer = self._shell.region.claim(incarnation, claim)
         if answer.answer is not Answer.REFUSED or answer.reason is Reason.DIGEST_CONFLICT:
             return answer
-        known = await self._shell.on_disk(self._shell.store.receipt, claim.key)
-        if known is None and answer.reason in REFUSED_FOR_GOOD:
-            known = Receipt(
+        if answer.reason in REFUSED_FOR_GOOD:
+            refused = Receipt(
                 key=claim.key, digest=claim.digest, state=ReceiptState.NOT_COUNTED, reason=answer.reason or ""
             )
-            await self._shell.on_disk(self._shell.store.record, [known])
-        if known is None:
-            return self._patient(answer)
-        return ClaimAnswer(key=claim.key, answer=Answer.KNOWN, receipt=known)
+            await self._shell.on_disk(self._shell.store.record, [refused])
+        return await self._known_or(answer)
 
     async def _told(self, key: UpdateKey) -> ClaimAnswer:
-        known = await self._shell.on_disk(self._shell.store.receipt, key)
+        return await self._known_or(self._shell.region.ask(key))
+
+    async def _known_or(self, answer: ClaimAnswer) -> ClaimAnswer:
+        """What is durably known by now, or else ``answer``."""
+        known = await self._shell.on_disk(self._shell.store.receipt, answer.key)
         if known is not None:
-            return ClaimAnswer(key=key, answer=Answer.KNOWN, receipt=known)
-        return self._patient(self._shell.region.ask(key))
+            return ClaimAnswer(key=answer.key, answer=Answer.KNOWN, receipt=known)
+        return self._patient(answer)
 
     def _patient(self, answer: ClaimAnswer) -> ClaimAnswer:
         """Before the controller has said what is open, nothing is closed."""

@@ -216,6 +216,8 @@ class Region:
             self._out.append(Abstain(attempt.key, attempt.closed_for))
         elif attempt.phase is Phase.COLLECTING:
             self._out.append(OpenAtIntakes(key=attempt.key, offer=offer))
+        elif attempt.phase is Phase.UPLINKING:
+            self._out.append(SendPartial(attempt.key, self.released[attempt.release_pair]))
 
     def _supersede(self, plan: Plan) -> None:
         """A run has one open attempt: an older one that was not withdrawn here ended while we were away."""
@@ -392,6 +394,8 @@ class Region:
             for client in self.ready(attempt.plan):
                 attempt.cohort.expect(client)
             self._out.append(Resume(attempt.key, attempt.seal_id))
+            # An intake that joined meanwhile has not been told of this attempt; to the others it is nothing new.
+            self._out.append(OpenAtIntakes(key=attempt.key, offer=attempt.offer))
             self._decide_close(attempt)
             return
         claims = [claim for entries in attempt.handed_over.values() for claim in entries]

@@ -23,7 +23,7 @@ from hierfl.plan import Plan
 from hierfl.receipts import Reason, ReceiptEvent
 from hierfl.records import CommitRecord
 from hierfl.residency import objection_to_resending
-from hierfl.types import AttemptKey
+from hierfl.types import AttemptKey, TaskKind
 from hierfl.wire import hierfl_pb2 as pb
 from hierfl.wire.convert import key_from_proto, key_to_proto
 
@@ -81,7 +81,6 @@ class Session:
     async def offered(self, offer: pb.Offer) -> None:
         """Take a plan whose signature holds; refuse, in words of the table, one that cannot be obeyed."""
         host = self._host
-        await host.writes_done()
         known_epoch = await host.on_disk(lambda: host.store.leader_epoch)
         try:
             with observe.remote_parent(offer.traceparent), observe.span(observe.SPAN_PLAN, region=host.name) as span:
@@ -90,37 +89,39 @@ class Session:
                 await host.on_disk(host.store.raise_leader_epoch, offer.leader_epoch)
         except Refused as error:
             logger.error("an offer is refused: %s", error)
-            await self._abstain_from(offer)
+            self._abstain_from(offer, Reason.POLICY)
+        except StorageError as error:
+            logger.error("an offer is refused: %s", error)
+            self._abstain_from(offer, Reason.STORAGE)
         except (IdentityError, StaleEpoch) as error:
             logger.error("an offer is ignored: %s", error)
         else:
             self._inform()
-            host.apply(OfferTaken(plan=plan, offer=offer.SerializeToString()))
+            await host.apply_between_seals(OfferTaken(plan=plan, offer=offer.SerializeToString()))
 
-    async def _abstain_from(self, offer: pb.Offer) -> None:
-        self._host.spawn(self.abstain(key_from_proto(offer.key), Reason.POLICY))
+    def _abstain_from(self, offer: pb.Offer, reason: Reason) -> None:
+        self._host.spawn(self.abstain(key_from_proto(offer.key), reason))
 
     async def withdrawn(self, withdrawal: pb.Withdrawal) -> None:
-        await self._host.writes_done()
-        self._host.apply(AttemptOver(key_from_proto(withdrawal.key), _reason(withdrawal.reason)))
+        await self._host.apply_between_seals(AttemptOver(key_from_proto(withdrawal.key), _reason(withdrawal.reason)))
 
     async def judged(self, verdict: pb.Verdict) -> None:
         """The last word on an attempt. What was sealed for it is settled once the new model is verified."""
         host = self._host
-        await host.writes_done()
         try:
             await host.on_disk(host.store.raise_leader_epoch, verdict.leader_epoch)
         except StaleEpoch as error:
             logger.error("a verdict is ignored: %s", error)
             return
-        host.apply(AttemptOver(key_from_proto(verdict.key), _reason(verdict.reason)))
+        await host.apply_between_seals(AttemptOver(key_from_proto(verdict.key), _reason(verdict.reason)))
         host.spawn(self._settle(verdict))
 
     async def _settle(self, verdict: pb.Verdict) -> None:
         host, key = self._host, key_from_proto(verdict.key)
-        pending = {one.key: one.digest for one in await host.on_disk(host.store.pending)}
+        pending = await host.on_disk(host.store.pending)
+        digest = next((one.digest for one in pending if one.key.of_same_round(key)), "")
         try:
-            counted = await self._is_counted(verdict, pending.get(key, ""))
+            counted = await self._is_counted(verdict, digest)
         except HierFLError as error:
             logger.error("the verdict on %s is not believed, its updates stay sealed: %s", key, error)
             return
@@ -140,7 +141,7 @@ class Session:
         """
         if not verdict.committed:
             return False
-        if verdict.record:
+        if verdict.record or key_from_proto(verdict.key).task is TaskKind.TRAIN:
             record = accept_record(verdict, self._host.kit.trust)
             await self._host.models.get(record.model_hash, record.layout_hash, MAX_MODEL_BYTES)
             self._check_counted(record, verdict.partial_digest)

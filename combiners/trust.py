@@ -49,16 +49,17 @@ def accept_record(verdict: pb.Verdict, trust: TrustStore) -> CommitRecord:
 
     Raises:
         CertificateUntrusted, CertificateExpired: Not signed by this federation's controller.
-        WireError: It is no record, or of another attempt or version than the verdict says.
+        WireError: It is no record, or of another round or version than the verdict says. Its attempt may be a
+            later one: a partial counts in whichever attempt at its round is committed.
     """
     record = documents.decode(verdict.record, CommitRecord, "commit record")
     signed_at = datetime.fromtimestamp(record.committed_unix_ns / 1e9, UTC)
     leaf = _controller_leaf(verdict.certificate, trust, signed_at)
     verify(leaf, verdict.signature, verdict.record, COMMIT_CONTEXT)
     key = key_from_proto(verdict.key)
-    said = (key.run, key.round, key.attempt, verdict.model_version, trust.federation)
-    if said != (record.run, record.round, record.attempt, record.version, record.federation):
-        raise WireError(f"the verdict on {key} came with the record of another attempt or version")
+    said = (key.run, key.round, verdict.model_version, trust.federation)
+    if said != (record.run, record.round, record.version, record.federation):
+        raise WireError(f"the verdict on {key} came with the record of another round or version")
     return record
 
 

@@ -19,7 +19,15 @@ import grpc
 
 from combiners.sealed import Sealed
 from hierfl.border import LEDGER_HEAD_METADATA, Control
-from hierfl.errors import HierFLError, StorageError, Unreachable, VersionMismatch
+from hierfl.errors import (
+    HierFLError,
+    Interrupted,
+    RegionUnreachable,
+    StorageError,
+    TransferIncomplete,
+    Unreachable,
+    VersionMismatch,
+)
 from hierfl.identity import Identity, RoleName
 from hierfl.pki import Kit
 from hierfl.receipts import Reason
@@ -38,6 +46,9 @@ REMIND_S = 60.0
 COALESCE_S = 0.1
 """Progress is reported at most so often."""
 WHO = "the controller"
+
+TRY_AGAIN = (Unreachable, VersionMismatch, TransferIncomplete)
+"""What a better moment, or an upgrade, may mend."""
 
 
 class UplinkEvents(Protocol):
@@ -99,7 +110,7 @@ class Uplink:
                 await self._listen(stub)
                 reports.cancel()
         except* grpc.RpcError as errors:
-            raise stub.error(_first(errors)) from None
+            raise _seen_from_here(stub.error(_first(errors))) from None
         except* HierFLError as errors:
             raise _first(errors) from None
         finally:
@@ -196,13 +207,9 @@ class Uplink:
             await self._up.wait()
             assert self._stub is not None
             try:
-                return await call(self._stub)
-            except grpc.RpcError as error:
-                failure = self._stub.error(error)
-            except (HierFLError, grpc.aio.UsageError) as error:  # UsageError: the channel closed under the call
-                failure = error if isinstance(error, HierFLError) else Unreachable(str(error))
-            if not isinstance(failure, Unreachable | VersionMismatch):
-                raise failure
+                return await _answer(call, self._stub)
+            except TRY_AGAIN as error:
+                logger.debug("a call of %s is made again: %s", WHO, error)
             tries += 1
             await asyncio.sleep(pause_s(tries))
 
@@ -216,6 +223,29 @@ class Uplink:
         control = Control(counts=dict(sorted(self._sent.items())), bytes_out=self._bytes_out, seconds=round(seconds, 3))
         self._sent, self._bytes_out = Counter(), 0
         return control
+
+
+async def _answer(call: Callable[[rpc.Stub], Awaitable[Any]], stub: rpc.Stub) -> Any:
+    """What a call comes to. A channel that closes under it cancels it: that is no cancelling of this task."""
+    try:
+        return await call(stub)
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise Unreachable(f"the session with {WHO} ended in the middle of a call") from None
+    except grpc.aio.UsageError as error:  # the channel was closed already
+        raise Unreachable(str(error)) from None
+    except grpc.RpcError as error:
+        raise _seen_from_here(stub.error(error)) from None
+    except HierFLError as error:
+        raise _seen_from_here(error) from None
+
+
+def _seen_from_here(error: HierFLError) -> HierFLError:
+    """Trouble on the controller's own side, its disk or a bug, is a reason to try again later, and not ours."""
+    its_own = isinstance(error, StorageError | Interrupted | RegionUnreachable) or type(error) is HierFLError
+    return Unreachable(str(error)) if its_own else error
 
 
 def pause_s(tries: int) -> float:

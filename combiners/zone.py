@@ -148,16 +148,17 @@ class ZoneStore:
         return [PendingPartial(_attempt_key(row[:4]), row[4]) for row in rows]
 
     def settle(self, key: AttemptKey, event: ReceiptEvent, *, version: int = 0, reason: str = "") -> list[Receipt]:
-        """The verdict on the partial sent under ``key``: last words on its updates, in one transaction.
+        """The verdict on the partial sent for ``key``'s round: last words on its updates, in one transaction.
 
-        The receipts belong to the run that collected them; a verdict of another run that got the same
-        bytes leaves them as they are.
+        A verdict is on a round; which attempt it names, of those that the partial was addressed to, is all one: a
+        later attempt may have been committed before this region heard of it. The receipts belong to the run that
+        collected them; a verdict of another run that got the same bytes leaves them as they are.
         """
         with self._file.transaction() as database:
             row = database.execute(
                 "select seal_id, partials.run from addresses join partials using (seal_id)"
-                " where addresses.run = ? and task = ? and round = ? and attempt = ? and not is_judged",
-                _attempt_row(key),
+                " where addresses.run = ? and task = ? and round = ? and not is_judged",
+                _attempt_row(key)[:3],
             ).fetchone()
             if row is None:
                 return []

@@ -46,12 +46,12 @@ async def _serve(kit: Path, directory: Path, listen: str, ready_file: Path | Non
 
     stopped = asyncio.Event()
     catch_signals(stopped)
-    loaded = Kit.load(kit)
+    app = ControllerApp(Kit.load(kit), directory, listen)
     durable_directory(directory)
     observe.configure("controller", directory)
     try:
         with ready("controller", ready_file) as say_ready:
-            async with ControllerApp(loaded, directory, listen) as app:
+            async with app:
                 say_ready([app.address])
                 await until_stopped(app.failed(), stopped)
     finally:

@@ -16,7 +16,7 @@ from controller.rows import AnswerRow, AttemptRow, ModelRow, RegionShare, RoundR
 from hierfl.aggregation import PartialAggregate
 from hierfl.errors import StoreDamaged
 from hierfl.metrics import STANDARD_METRICS, metric_values, with_means
-from hierfl.records import CommitRecord, CountedPartial
+from hierfl.records import CommitRecord, CountedPartial, PartialHead
 from hierfl.rounds import MetricsCommitted, ModelCommitted
 
 __all__ = ["commit_record", "first_model", "rows_of_commit", "rows_of_evaluation"]
@@ -54,14 +54,19 @@ def commit_record(
     )
 
 
-def _counted(answer: AnswerRow) -> CountedPartial:
+def _head(answer: AnswerRow) -> PartialHead:
     assert answer.head is not None, "only partials are counted"
+    return answer.head
+
+
+def _counted(answer: AnswerRow) -> CountedPartial:
+    head = _head(answer)
     return CountedPartial(
         region=answer.region,
         digest=answer.digest,
-        weight=answer.head.weight,
-        num_sites=answer.head.num_sites,
-        num_updates=answer.head.num_updates,
+        weight=head.weight,
+        num_sites=head.num_sites,
+        num_updates=head.num_updates,
     )
 
 
@@ -76,8 +81,8 @@ def rows_of_commit(
     record = signed.read()
     if (record.version, record.previous_hash, record.layout_hash) != (run.version + 1, run.model_hash, run.layout_hash):
         raise StoreDamaged(f"commit record {record.run}/{record.version} does not continue version {run.version}")
-    sizes = {answer.digest: answer.size_bytes for answer in answers}
-    missing = [partial.region for partial in record.partials if partial.digest not in sizes]
+    by_digest = {answer.digest: answer for answer in answers}
+    missing = [partial.region for partial in record.partials if partial.digest not in by_digest]
     if missing:
         raise StoreDamaged(
             f"commit record {record.run}/{record.version} counts a partial of {missing[0]}, unknown here"
@@ -93,7 +98,7 @@ def rows_of_commit(
     )
     done = attempt.after(ModelCommitted(version=record.version))
     now = record.committed_unix_ns
-    told = _round_row(after, done, record.partials, sizes, record.metrics, seconds, now)
+    told = _round_row(after, done, record.partials, by_digest, record.metrics, seconds, now)
     return after, done, (after, done, _model_row(run, signed, record), told)
 
 
@@ -101,18 +106,18 @@ def rows_of_evaluation(
     run: RunRow, attempt: AttemptRow, answers: Sequence[AnswerRow], total: PartialAggregate, *, seconds: float, now: int
 ) -> tuple[RunRow, AttemptRow, tuple[Row, ...]]:
     """The run and attempt after the last evaluation, and all rows to write; ``now`` in Unix nanoseconds."""
-    sizes = {answer.digest: answer.size_bytes for answer in answers}
+    by_digest = {answer.digest: answer for answer in answers}
     counted = tuple(_counted(answer) for answer in answers)
     after = replace(run, evaluation_over=True, abandoned_in_a_row=0, last_reason="")
     done = attempt.after(MetricsCommitted(version=run.version))
-    return after, done, (after, done, _round_row(after, done, counted, sizes, total.metrics, seconds, now))
+    return after, done, (after, done, _round_row(after, done, counted, by_digest, total.metrics, seconds, now))
 
 
 def _round_row(
     run: RunRow,
     attempt: AttemptRow,
     counted: Sequence[CountedPartial],
-    sizes: Mapping[str, int],
+    answers: Mapping[str, AnswerRow],
     metrics: Mapping[str, int],
     seconds: float,
     now_unix_ns: int,
@@ -136,8 +141,9 @@ def _round_row(
                 weight=partial.weight,
                 num_sites=partial.num_sites,
                 num_updates=partial.num_updates,
-                size_bytes=sizes[partial.digest],
+                size_bytes=answers[partial.digest].size_bytes,
                 digest=partial.digest,
+                collected_in=_head(answers[partial.digest]).run,
             )
             for partial in counted
         ),

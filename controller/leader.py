@@ -41,7 +41,8 @@ logger = logging.getLogger(__name__)
 SILENCE_S = 6.0
 """What regions are told while no run asks for less."""
 
-MAX_EPOCH = 2**62
+MAX_EPOCH_STEP = 2**20
+"""How far a region's word alone raises the leader epoch: no region can use up what epochs there are."""
 
 
 class Leader:
@@ -56,6 +57,8 @@ class Leader:
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Gets the exception that ends this controller: it was replaced, its store is gone, or a bug of ours."""
         self._tasks: set[asyncio.Task[None]] = set()
+        self._unknown: dict[RegionId, set[str]] = {}
+        """Digests of partials held here of which their region's zone store does not know."""
         self.silence_s = SILENCE_S
         """After so many seconds a region is silent; what the most impatient run needs."""
 
@@ -123,7 +126,14 @@ class Leader:
         return self.kit.sign(ledger_head, LEDGER_HEAD_CONTEXT)
 
     def offer(self, open_: Collection, region: RegionId) -> None:
-        """Sign a region's plan under this epoch, and send it if the region is attached."""
+        """Sign a region's plan under this epoch, and send it if the region is attached.
+
+        Not to a region whose partial is held here while its store does not know of it: it would collect again, and
+        two sums over one base would give away who is in one of them only.
+        """
+        answer = open_.answers.get(region)
+        if answer is not None and answer.digest in self._unknown.get(region, ()):
+            return
         plan = open_.plans[region].to_bytes()
         offer = pb.Offer(
             key=key_to_proto(open_.row.key),
@@ -143,17 +153,26 @@ class Leader:
         Raises:
             StaleEpoch: A newer start of this region is known.
         """
-        if request.leader_epoch > MAX_EPOCH:
-            raise WireError(f"leader epoch {request.leader_epoch} is out of range")
+        if request.leader_epoch > self.epoch + MAX_EPOCH_STEP:
+            raise WireError(f"leader epoch {request.leader_epoch} is out of range: this controller has {self.epoch}")
         self.registry.check_epoch(region, request.region_epoch, request.store_id)
         row = RegionRow(region=region, region_epoch=request.region_epoch, store_id=request.store_id)
         self.store.write(self.epoch, row)
         session = self.registry.attach(region, request.region_epoch, request.store_id)
+        self._reconcile(region, {one.digest for one in request.pending})
         if request.leader_epoch > self.epoch:
             self._lead_above(request.leader_epoch)
         else:
             self._offer_all(region)
         return session
+
+    def _reconcile(self, region: RegionId, known: set[str]) -> None:
+        """Say which partials are held here that the region's store, lost or restored from a backup, does not know."""
+        held = {digest: key for loop in self.runs.values() for digest, key in loop.partials_of(region).items()}
+        self._unknown[region] = held.keys() - known
+        for digest in self._unknown[region]:
+            words = "region %s does not know of its partial %s for %s, which is held here: was its store lost?"
+            logger.warning(words, region, digest, held[digest])
 
     def _offer_all(self, region: RegionId) -> None:
         for loop in self.runs.values():

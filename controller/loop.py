@@ -124,6 +124,13 @@ class RunLoop:
         collection.answers[answer.region] = answer
         self.bell.ring()
 
+    def partials_of(self, region: RegionId) -> dict[str, AttemptKey]:
+        """Digests of a region's partials that are held for the round that comes next, with the attempt of each."""
+        if self.row.state.is_terminal:
+            return {}
+        answers = [answer for attempt in self._attempts() for answer in self._leader.store.answers(attempt.key)]
+        return {answer.digest: answer.key for answer in answers if answer.region == region and answer.digest}
+
     def recover(self) -> None:
         """Take up what an earlier controller left: its open attempt, and a version that it could only just record.
 
@@ -133,6 +140,14 @@ class RunLoop:
         attempts = self._attempts()
         if attempts and not attempts[-1].state.is_terminal:
             self.open = self._collection(attempts[-1], self._leader.store.answers(attempts[-1].key))
+        self._adopt()
+
+    def _adopt(self) -> None:
+        """A version that is on record is committed, whoever recorded it and whatever came between.
+
+        Raises:
+            StorageError: As ``recover``.
+        """
         found = self._leader.commits.find(self.row.run, self.row.version + 1)
         if found is None:
             return
@@ -330,6 +345,8 @@ class RunLoop:
 
     def _end(self, event: RunFinished | RunCancelled | RunFailed) -> None:
         """End the run; regions that hold something for it get the last word on it."""
+        if self.open is not None:
+            self._adopt()
         run, open_ = self.row.after(event, now_unix_ns=time.time_ns()), self.open
         reason = messages.REASON_OF_END[run.state]
         last = next(reversed(self._attempts()), None)

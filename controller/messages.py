@@ -107,6 +107,7 @@ def round_summary(told: RoundRow) -> pb.RoundSummary:
                 num_sites=share.num_sites,
                 num_updates=share.num_updates,
                 bytes_out=share.size_bytes,
+                collected_in=share.collected_in,
             )
             for share in told.regions
         ],

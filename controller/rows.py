@@ -145,6 +145,8 @@ class RegionShare:
     num_updates: int
     size_bytes: int
     digest: str
+    collected_in: RunId
+    """The run whose updates these are: another one where a sum was sent again."""
 
 
 @dataclass(frozen=True, kw_only=True)

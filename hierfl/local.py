@@ -15,20 +15,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import sys
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hierfl import provision
 from hierfl.config import FederationConfig, RegionConfig, SiteConfig
-from hierfl.errors import StoreLocked
+from hierfl.errors import AppError, StoreLocked
 from hierfl.leftovers import clean_up_predecessor
-from hierfl.processes import Child, Program, find, kill_all
+from hierfl.processes import Child, Program, ProgramFailed, find, kill_all
 from hierfl.types import RegionId
 
 __all__ = ["OPERATOR", "Federation", "end_leftovers", "running", "serving"]
@@ -41,6 +43,7 @@ RESTART_FIRST_S, RESTART_MOST_S = 1.0, 30.0
 UP_NOTE = "up.json"
 
 Say = Callable[[str], None]
+Arguments = Callable[[], list[str]]
 
 
 class Federation:
@@ -69,7 +72,13 @@ class Federation:
         return self._addresses["controller"][0]
 
     async def start(self) -> None:
-        """Start the controller, then all combiners at once, then the clients; returns when all serve."""
+        """Start the controller, then all combiners at once, then the clients; returns when all serve.
+
+        Raises:
+            AppError: A site's app is a file that is not there; nothing was started.
+            ProgramFailed: One of them ended.
+        """
+        _require_apps(self.config)
         self._say(f"certificates for {len(self.config.regions)} regions")
         provision_all(self.config, self.state)
         self._say("controller starting")
@@ -82,9 +91,13 @@ class Federation:
 
     async def start_controller(self) -> None:
         """Start, or start again, the controller: on the address it had before."""
-        listen = self._listen("controller", self.config.controller.listen)[0]
-        options = ("--kit", self._kit("controller"), "--dir", self.state / "controller", "--listen", listen)
-        await self._start("controller", ["controller", "serve", *map(str, options)])
+
+        def arguments() -> list[str]:
+            listen = self._listen("controller", self.config.controller.listen)[0]
+            options = ("--kit", self._kit("controller"), "--dir", self.state / "controller", "--listen", listen)
+            return ["controller", "serve", *map(str, options)]
+
+        await self._start("controller", arguments)
 
     async def start_region(self, name: RegionId) -> None:
         """Start a region's combiner, then its clients."""
@@ -94,14 +107,18 @@ class Federation:
     async def start_combiner(self, name: RegionId) -> None:
         """Start, or start again, a region's combiner: on the addresses it had before."""
         region = self.region(name)
-        listens = self._listen(f"combiner-{name}", *map(str, region.addresses))
-        options = [
-            *("--kit", self._kit("regions", name, "combiner"), "--dir", self.state / "regions" / name),
-            *("--controller", self.controller_address, "--intakes", region.intakes),
-            *("--k", region.k, "--max-share", region.max_share),
-            *(part for listen in listens for part in ("--listen", listen)),
-        ]
-        await self._start(f"combiner-{name}", ["combiner", "serve", *map(str, options)])
+
+        def arguments() -> list[str]:
+            listens = self._listen(f"combiner-{name}", *map(str, region.addresses))
+            options = [
+                *("--kit", self._kit("regions", name, "combiner"), "--dir", self.state / "regions" / name),
+                *("--controller", self.controller_address, "--intakes", region.intakes),
+                *("--k", region.k, "--max-share", region.max_share),
+                *(part for listen in listens for part in ("--listen", listen)),
+            ]
+            return ["combiner", "serve", *map(str, options)]
+
+        await self._start(f"combiner-{name}", arguments)
         self._say(f"region {name} serves at {', '.join(self._addresses[f'combiner-{name}'])}")
 
     async def start_clients(self, name: RegionId) -> None:
@@ -115,7 +132,8 @@ class Federation:
             options = ["--dir", str(self.state / "clients" / process)]
             options += [part for kit in kits for part in ("--kit", str(kit))]
             options += [part for item in sites[0].options.items() for part in ("--set", "=".join(item))]
-            await self._start(process, ["client", "run", sites[0].app, *options], has_ready_line=False)
+            command = ["client", "run", sites[0].app, *options]
+            await self._start(process, partial(list, command), has_ready_line=False)
 
     async def kill(self, name: str) -> None:
         """SIGKILL one process with all that it started, and leave it dead."""
@@ -136,19 +154,24 @@ class Federation:
 
     # --- one process
 
-    async def _start(self, name: str, arguments: list[str], *, has_ready_line: bool = True) -> None:
+    async def _start(self, name: str, arguments: Arguments, *, has_ready_line: bool = True) -> None:
+        """``arguments`` are made anew for each start: addresses once chosen are kept."""
+        child = await self._launch(name, arguments, has_ready_line=has_ready_line)
+        if has_ready_line:
+            self._note_ready(name, await child.ready)
+        watcher = self._group.create_task(self._keep_up(child, arguments))
+        self._watchers.add(watcher)
+        watcher.add_done_callback(self._watchers.discard)
+
+    async def _launch(self, name: str, arguments: Arguments, *, has_ready_line: bool) -> Child:
         program = Program(
             name=name,
-            argv=[sys.executable, "-m", "hierfl", *arguments],
+            argv=[sys.executable, "-m", "hierfl", *arguments()],
             log=self.state / "logs" / f"{name}.log",
             has_ready_line=has_ready_line,
         )
         child = self.children[name] = await Child.start(program, self.fleet)
-        if has_ready_line:
-            self._note_ready(name, await child.ready)
-        watcher = self._group.create_task(self._keep_up(child))
-        self._watchers.add(watcher)
-        watcher.add_done_callback(self._watchers.discard)
+        return child
 
     def _note_ready(self, name: str, document: dict[str, Any]) -> None:
         self._addresses[name] = document["addresses"]
@@ -156,24 +179,30 @@ class Federation:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(document))
 
-    async def _keep_up(self, child: Child) -> None:
+    async def _keep_up(self, child: Child, arguments: Arguments) -> None:
         """Start a process again when it ends by itself, ever more slowly.
 
         Raises:
             ProgramFailed: It is not to be started again, or never ran and never will.
         """
-        pause_s = RESTART_FIRST_S
-        while self.children.get(child.name) is child:
+        name, has_ready_line = child.name, child.program.has_ready_line
+        for tries in itertools.count():
             failure = await child.failed()
-            if self.children.get(child.name) is not child:
-                return
+            if self.children.get(name) is not child:
+                return  # it was ended
             await child.kill()  # what outlived it would hold its ports
-            if not self._restart or (failure.is_final and pause_s == RESTART_FIRST_S):
+            if not self._restart or (failure.is_final and tries == 0):
                 raise failure
+            pause_s = min(RESTART_FIRST_S * 2 ** min(tries, 10), RESTART_MOST_S)
             self._say(f"{failure}; starting it again in {pause_s:.0f} s")
             await asyncio.sleep(pause_s)
-            pause_s = min(2 * pause_s, RESTART_MOST_S)
-            child = self.children[child.name] = await Child.start(child.program, self.fleet)
+            if self.children.get(name) is not child:
+                return
+            child = await self._launch(name, arguments, has_ready_line=has_ready_line)
+            if has_ready_line:
+                with contextlib.suppress(ProgramFailed):  # said in the next turn
+                    self._note_ready(name, await child.ready)
+                    self._say(f"{name} serves again")
 
     def _listen(self, name: str, *configured: str) -> list[str]:
         """The addresses it had before, where it has run here already, so that its peers find it again."""
@@ -187,6 +216,13 @@ class Federation:
 
     def _kit(self, *parts: str) -> Path:
         return self.state.joinpath("kits", *parts)
+
+
+def _require_apps(config: FederationConfig) -> None:
+    apps = {site.app for region in config.regions for site in region.sites}
+    missing = sorted(app for app in apps if app.endswith(".py") and not Path(app).is_file())
+    if missing:
+        raise AppError(f"there is no app file {missing[0]}; `app` of a site is a file beside the TOML, or a module")
 
 
 def _client_names(site: SiteConfig) -> list[str]:

@@ -102,9 +102,15 @@ class Operator:
     async def runs(self) -> list[pb.RunSummary]:
         return list((await self._call("ListRuns", pb.ListRunsRequest())).runs)
 
+    async def find(self, run: str) -> str:
+        """The run of that id, or the only one whose id begins like that; otherwise ``run`` as it is."""
+        ids = [summary.run for summary in await self.runs()]
+        found = [each for each in ids if each.startswith(run)] if run not in ids else [run]
+        return found[0] if len(found) == 1 else run
+
     async def run(self, run: str) -> pb.GetRunResponse:
-        """One run with its rounds. ``NotFound`` names the runs there are."""
-        response: pb.GetRunResponse = await self._call("GetRun", pb.GetRunRequest(run=run))
+        """One run with its rounds, by its id or a beginning of it. ``NotFound`` names the runs there are."""
+        response: pb.GetRunResponse = await self._call("GetRun", pb.GetRunRequest(run=await self.find(run)))
         return response
 
     async def follow(self, run: str) -> AsyncIterator[pb.FollowRunResponse]:
@@ -117,14 +123,15 @@ class Operator:
 
     async def cancel(self, run: str) -> str:
         """Cancel a run; returns its state afterwards."""
-        return str((await self._call("CancelRun", pb.CancelRunRequest(run=run))).state)
+        return str((await self._call("CancelRun", pb.CancelRunRequest(run=await self.find(run)))).state)
 
     async def resume(self, run: str) -> str:
         """Go on with a paused run; returns its state afterwards."""
-        return str((await self._call("ResumeRun", pb.ResumeRunRequest(run=run))).state)
+        return str((await self._call("ResumeRun", pb.ResumeRunRequest(run=await self.find(run)))).state)
 
     async def models(self, run: str = "") -> list[pb.Model]:
-        return list((await self._call("ListModels", pb.ListModelsRequest(run=run))).models)
+        request = pb.ListModelsRequest(run=await self.find(run) if run else "")
+        return list((await self._call("ListModels", request)).models)
 
     async def fetch_model(self, model: pb.Model) -> tuple[Layout, dict[str, Float32Array]]:
         """Fetch a model and check it against its own hash: layout and flat float32 vectors."""

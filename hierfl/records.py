@@ -41,10 +41,12 @@ class UpdateHead:
 class PartialHead:
     """Travels in the descriptor of a partial's transfer. Says nothing of any single site.
 
-    It carries no attempt: the same sealed bytes may be re-addressed to a later attempt.
+    It carries no attempt: the same sealed bytes may be re-addressed to a later attempt, or to another run.
     """
 
     region: RegionId
+    run: RunId
+    """The run whose updates these are: their receipts name it, also where another run counts the sum."""
     base_model_hash: ModelHash
     task_hash: str
     groups: tuple[ColumnGroup, ...]

@@ -139,6 +139,7 @@ def release(
     check_metric_sums(plan.task.metrics, partial.metrics, partial.num_updates)
     exported = {name: value for name, value in partial.metrics.items() if name in shared}
     head = PartialHead(
+        run=plan.run,
         region=region,
         base_model_hash=plan.base.model_hash,
         task_hash=plan.task.hash,

@@ -67,6 +67,10 @@ class AttemptKey:
     def __str__(self) -> str:
         return f"{self.run}/{self.task}/{self.round}.{self.attempt}"
 
+    def of_same_round(self, other: AttemptKey) -> bool:
+        """Whether both are attempts at one round."""
+        return (self.run, self.task, self.round) == (other.run, other.task, other.round)
+
 
 @dataclass(frozen=True, order=True)
 class ClientRef:

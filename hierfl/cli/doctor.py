@@ -235,7 +235,7 @@ async def check_servers(kit: Kit, addresses: Sequence[str]) -> list[Finding]:
     if server is None:
         return []
     if not addresses:
-        return [Finding("server", State.ABSENT, "the kit names no address", f"give that of the {server} with --server")]
+        return [Finding("server", State.ABSENT, "the kit names no address", f"give that of {server} with --server")]
     return [await _check_server(kit, address) for address in addresses]
 
 

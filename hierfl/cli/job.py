@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hierfl.cli.output import emit, output_option, say, table
-from hierfl.errors import AppError
 
 if TYPE_CHECKING:
     from hierfl.job import Job
@@ -70,12 +69,11 @@ def model_of(read: Job, layout: Layout) -> dict[str, Any]:
 def _layout(read: Job, app_path: str | None, folder: Path) -> Layout | None:
     """The model's layout by the app's ``init``; ``None`` where no app was named and none is here."""
     from hierfl.client import initial_model
+    from hierfl.client.app import AppNotFound
 
     try:
         return initial_model(read, app=app_path, folder=folder)[0]
-    except AppError as error:
-        if app_path is not None or error.__cause__ is not None:
-            raise
+    except AppNotFound as error:
         say(f"the model was not checked: {error}")
         return None
 

@@ -47,8 +47,8 @@ def export(run: str, file: Path, version: int | None, kit: Path | None, address:
 
     \b
     Examples:
-      hierfl models export 7f3a model.safetensors
-      hierfl models export 7f3a model.pt --version 5
+      hierfl models export digits-7f3a2b model.safetensors
+      hierfl models export digits-7f3a2b model.pt --version 5
     """
     from hierfl import modelfile
 

@@ -14,14 +14,17 @@ if TYPE_CHECKING:
 __all__ = ["Progress", "describe_round"]
 
 
-def describe_round(committed: pb.RoundSummary) -> str:
-    """One committed round in one line."""
+def describe_round(committed: pb.RoundSummary, run: str) -> str:
+    """One committed round of ``run`` in one line."""
     parts = [f"round {committed.round}" if committed.task == 1 else "evaluation"]
     names = {"train_loss": "train loss", "eval_loss": "eval loss", "eval_accuracy": "eval accuracy"}
     parts += [f"{words} {committed.metrics[key]:.4f}" for key, words in names.items() if key in committed.metrics]
     parts.append(
         f"{committed.num_updates} updates from {committed.num_sites} sites in {len(committed.regions)} regions"
     )
+    again = sorted({share.collected_in for share in committed.regions} - {run, ""})
+    if again:
+        parts.append(f"the sums of {', '.join(again)} sent again: same model, same task")
     if committed.attempts > 1:
         parts.append(f"attempt {committed.attempts}")
     return ", ".join(parts) + f" ({committed.seconds:.1f} s)"
@@ -57,7 +60,7 @@ class Progress:
         """Take a snapshot in; a committed round is said at once."""
         self._waits = ""
         if snapshot.HasField("committed"):
-            self._say(describe_round(snapshot.committed))
+            self._say(describe_round(snapshot.committed, snapshot.summary.run))
         elif snapshot.waiting_for:
             about = f"round {snapshot.round}" if snapshot.round else "next round"
             self._waits = f"{about}: {snapshot.phase}, {snapshot.waiting_for}"

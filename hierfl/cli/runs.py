@@ -27,6 +27,14 @@ RETRY_S = 1.0
 """Between two tries to reach a controller that went away."""
 ENDED = ("finished", "failed", "cancelled")
 """States after which nothing follows."""
+RESUME = "`hierfl runs resume {run}`"
+MOVES = {
+    "already_released": "a region gives one sum over a base model and a task, and its bytes are gone: submit a new "
+    "run with another first model or other [app] keys",
+    "too_few_sites": "too few clients handed in, or fewer than round.min_clients or k are there; the clients' logs "
+    "at the sites say why; mend that, then " + RESUME,
+}
+"""What to do about a code of a region, the first that a paused run's reason names."""
 
 __all__ = ["follow", "message_document", "raise_for_outcome", "runs"]
 
@@ -49,9 +57,9 @@ def _plain(value: Any) -> Any:
 def raise_for_outcome(summary: pb.RunSummary) -> None:
     """Exit with the run's outcome: silent where it goes on or is finished."""
     if summary.state == "paused":
-        raise RunFailed(
-            f"run {summary.run} is paused: {summary.reason}; mend that, then `hierfl runs resume {summary.run}`"
-        )
+        moves = (move for code, move in MOVES.items() if f"({code})" in summary.reason)
+        move = next(moves, f"mend that, then {RESUME}").format(run=summary.run)
+        raise RunFailed(f"run {summary.run} is paused: {summary.reason}; {move}")
     if summary.state in ("failed", "cancelled"):
         raise RunFailed(f"run {summary.run} {summary.state}: {summary.reason or 'by an operator'}")
 
@@ -65,7 +73,7 @@ async def follow(operator: Operator, run: str, *, goes_on: bool = True) -> pb.Ru
         with Progress() as progress:
             ticking = asyncio.create_task(_tick(progress))
             try:
-                async for snapshot in _snapshots(operator, run):
+                async for snapshot in _snapshots(operator, summary.run):
                     summary = snapshot.summary
                     progress.show(snapshot)
                     if summary.state == "paused":
@@ -120,6 +128,7 @@ def runs() -> None:
 def list_(kit: Path | None, address: str | None, output: str) -> None:
     """Runs, newest first."""
     found = call(kit, address, lambda operator: operator.runs())
+    found.sort(key=lambda run: run.submitted_unix_ns, reverse=True)
     document = {"runs": [message_document(run) for run in found]}
     emit(document, "hierfl.runs/1", output, lambda: _runs_table(found))
 
@@ -160,8 +169,8 @@ def show(run: str, history: Path | None, kit: Path | None, address: str | None, 
 
     \b
     Examples:
-      hierfl runs show 7f3a
-      hierfl runs show 7f3a --history history.csv
+      hierfl runs show digits-7f3a2b
+      hierfl runs show digits-7f3a2b --history history.csv
     """
     found = call(kit, address, lambda operator: operator.run(run))
     if history is not None:

@@ -28,7 +28,7 @@ def status(run: str | None, watch: bool, kit: Path | None, address: str | None, 
     \b
     Examples:
       hierfl status
-      hierfl status 7f3a -w
+      hierfl status digits-7f3a2b -w
     """
     from hierfl.cli.runs import follow, message_document, raise_for_outcome
 

@@ -50,8 +50,8 @@ def trace(run: str, round_number: int | None, directory: Path | None, output: st
 
     \b
     Examples:
-      hierfl trace 7f3a
-      hierfl trace 7f3a 3 --dir demo-kept
+      hierfl trace digits-7f3a2b
+      hierfl trace digits-7f3a2b 3 --dir demo-kept
     """
     from hierfl import spans
     from hierfl.waterfall import waterfall

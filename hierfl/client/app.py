@@ -28,9 +28,13 @@ import numpy as np
 from hierfl.client.task import Metrics, Task, Update
 from hierfl.errors import AppError
 
-__all__ = ["App", "find_app", "load_app", "seed_generators"]
+__all__ = ["App", "AppNotFound", "find_app", "load_app", "seed_generators"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+class AppNotFound(AppError):
+    """No app of that name is here. A site may still have it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +78,8 @@ def find_app(name: str, folder: Path) -> App:
     """The app called ``name``: ``<name>.py`` or ``app.py`` in ``folder``, or an installed module of that name.
 
     Raises:
-        AppError: There is none; the message says what was tried.
+        AppNotFound: There is none; the message says what was tried.
+        AppError: It cannot be loaded.
     """
     files = [folder / f"{name}.py", folder / "app.py"]
     for path in files:
@@ -85,7 +90,7 @@ def find_app(name: str, folder: Path) -> App:
     if re.fullmatch(r"[A-Za-z_][\w.]*", name) and _is_installed(name):
         return load_app(name)
     tried = " or ".join(str(path) for path in files)
-    raise AppError(f"there is no app {name!r}: no {tried} with NAME = {name!r}, and no module {name}; give --app")
+    raise AppNotFound(f"there is no app {name!r}: no {tried} with NAME = {name!r}, and no module {name}; give --app")
 
 
 def _is_installed(name: str) -> bool:

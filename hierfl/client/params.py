@@ -56,7 +56,7 @@ def initial_model(
     try:
         return layout, layout.flatten({n: _conform(n, a, specs[n]) for n, a in _arrays(params).items() if n in specs})
     except (AppError, LayoutMismatch) as error:
-        raise ConfigError("model.initial", job.model.initial, f"must fit the app's model: {error}") from None
+        raise ConfigError("model.initial", None, f"(or --from) must fit the app's model: {error}") from None
 
 
 def call_init(app: App, config: Mapping[str, Any], seed: int) -> Any:

@@ -17,6 +17,7 @@ from types import FrameType
 
 from hierfl import observe
 from hierfl.client.app import App
+from hierfl.client.link import checked
 from hierfl.client.offers import SitePolicy
 from hierfl.client.session import Session, Site
 from hierfl.client.worker import Worker
@@ -57,7 +58,7 @@ def run(
         StoreLocked: Another process runs one of these clients.
         IdentityError, ConfigError, StorageError: A kit or the directory cannot be used.
     """
-    loaded = [kit if isinstance(kit, Kit) else Kit.load(kit) for kit in kits]
+    loaded = [checked(kit if isinstance(kit, Kit) else Kit.load(kit)) for kit in kits]
     policy = SitePolicy(app=app, min_k=min_k)
     observe.configure(_process_name(loaded), Path(directory))
     try:

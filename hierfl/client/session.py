@@ -171,6 +171,7 @@ class Session:
     def _on_offer(self, offer: pb.Offer) -> None:
         try:
             plan = accept(offer, self.link.kit, self.site.policy, self.folder.leader_epoch, datetime.now(UTC))
+            self.folder.raise_epoch(offer.leader_epoch)
         except StaleEpoch as error:
             self.say(f"an offer was left unanswered: {error}")
         except HierFLError as error:
@@ -178,7 +179,6 @@ class Session:
             self.say(f"declined an offer ({code}): {error}")
             self._spawn(self._decline(key_from_proto(offer.key), code))
         else:
-            self.folder.raise_epoch(offer.leader_epoch)
             self._forget_earlier(plan)
             self._take_up(plan, offer.traceparent)
 

@@ -43,8 +43,9 @@ def get(name: str, options: Mapping[str, object] | None = None) -> Strategy:
     given = dict(options or {})
     known = get_type_hints(kind)
     fields = [field.name for field in dataclasses.fields(cast("Any", kind)) if field.init]
+    has = f"; it has {', '.join(fields) or 'none'}"
     errors = [
-        ConfigError(f"strategy.{option}", given[option], f"is no option of {name}{near(option, fields)}")
+        ConfigError(f"strategy.{option}", given[option], f"is no option of {name}{near(option, fields) or has}")
         for option in given
         if option not in fields
     ]

@@ -16,7 +16,15 @@ from typing import Any, NoReturn
 
 import grpc
 
-from hierfl.errors import HierFLError, IdentityError, PermissionRefused, WireError
+from hierfl.errors import (
+    HierFLError,
+    IdentityError,
+    Interrupted,
+    PermissionRefused,
+    StorageError,
+    Unreachable,
+    WireError,
+)
 from hierfl.pki import Identity, RoleName, TrustStore
 from hierfl.wire.status import is_own_side, to_status
 from hierfl.wire.tls import PeerVerifier
@@ -199,7 +207,8 @@ async def _abort(context: grpc.aio.ServicerContext, method: str, error: Exceptio
         raise error  # the handler has ended it already
     told = error if isinstance(error, HierFLError) else HierFLError()
     if is_own_side(told):
-        logger.error("%s failed", method, exc_info=error)
+        is_known = isinstance(error, StorageError | Unreachable | Interrupted)
+        logger.error("%s failed: %s", method, error, exc_info=None if is_known else error)
     status = to_status(told)
     await context.abort(status.code, status.details, status.trailing_metadata)
     raise AssertionError("abort raises")

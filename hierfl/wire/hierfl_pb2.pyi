@@ -441,18 +441,20 @@ class RoundSummary(_message.Message):
     def __init__(self, round: _Optional[int] = ..., attempts: _Optional[int] = ..., task: _Optional[_Union[TaskKind, str]] = ..., model_version: _Optional[int] = ..., model_hash: _Optional[str] = ..., weight: _Optional[int] = ..., num_sites: _Optional[int] = ..., num_updates: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., seconds: _Optional[float] = ..., regions: _Optional[_Iterable[_Union[RegionShare, _Mapping]]] = ..., committed_unix_ns: _Optional[int] = ...) -> None: ...
 
 class RegionShare(_message.Message):
-    __slots__ = ("region", "weight", "num_sites", "num_updates", "bytes_out")
+    __slots__ = ("region", "weight", "num_sites", "num_updates", "bytes_out", "collected_in")
     REGION_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_FIELD_NUMBER: _ClassVar[int]
     NUM_SITES_FIELD_NUMBER: _ClassVar[int]
     NUM_UPDATES_FIELD_NUMBER: _ClassVar[int]
     BYTES_OUT_FIELD_NUMBER: _ClassVar[int]
+    COLLECTED_IN_FIELD_NUMBER: _ClassVar[int]
     region: str
     weight: int
     num_sites: int
     num_updates: int
     bytes_out: int
-    def __init__(self, region: _Optional[str] = ..., weight: _Optional[int] = ..., num_sites: _Optional[int] = ..., num_updates: _Optional[int] = ..., bytes_out: _Optional[int] = ...) -> None: ...
+    collected_in: str
+    def __init__(self, region: _Optional[str] = ..., weight: _Optional[int] = ..., num_sites: _Optional[int] = ..., num_updates: _Optional[int] = ..., bytes_out: _Optional[int] = ..., collected_in: _Optional[str] = ...) -> None: ...
 
 class FollowRunRequest(_message.Message):
     __slots__ = ("run",)

@@ -309,6 +309,7 @@ def test_an_incarnation_that_dies_while_sealing_sends_its_clients_back_to_be_ask
     assert harness.do(IntakeVoid("b")) == [
         AskAgain(key=plan.key, clients=(client(2),)),
         Resume(plan.key, "4-1"),
+        OpenAtIntakes(key=plan.key, offer=b"offer"),
     ]
     assert harness.region.claim("a", claim(plan, 2)).answer is Answer.GRANTED
     assert only(harness.do(UpdateFolded("a", claim(plan, 2).key)), Freeze)[0].seal_id == "4-2"

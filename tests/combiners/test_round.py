@@ -393,14 +393,25 @@ async def test_two_runs_that_seal_at_once_each_have_their_sums(
     base = toy_model(2.0)
     controller.models[base.hash] = base.outgoing
     second = replace(plan, run="run-2", base=replace(plan.base, model_hash=base.hash))
-    async with start_combiner() as combiner:
+    async with start_combiner(intakes=2) as combiner:
+        slow = combiner.intakes[1].desk
+        freeze, both_are_frozen = slow.freeze, asyncio.Event()
+
+        async def freeze_late(key, seal_id):
+            await both_are_frozen.wait()
+            return await freeze(key, seal_id)
+
+        slow.freeze = freeze_late
         clients = await joined(connect, combiner, client_kits[:3])
         await controller.offer(plan)
         await controller.offer(second)
         both = {(await client.offer()).run for client in clients for _ in range(2)}
         assert both == {"run-1", "run-2"}
-        await asyncio.gather(*(client.hand_in(one) for one in (plan, second) for client in clients[:2]))
-        await asyncio.gather(*(clients[2].hand_in(one) for one in (plan, second)))
+        await asyncio.gather(*(client.hand_in(second) for client in clients))
+        await asyncio.gather(*(client.hand_in(plan) for client in clients))
+        attempts = combiner.region.region.attempts.values()
+        await until(lambda: all(len(attempt.handed_over) == 1 for attempt in attempts))
+        both_are_frozen.set()
         async with asyncio.timeout(10):
             runs = {(await controller.partials.get())[0].run for _ in range(2)}
         assert (runs, combiner.region.failed.done()) == ({"run-1", "run-2"}, False)

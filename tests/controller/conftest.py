@@ -160,6 +160,7 @@ class Region:
         summed = total.partial(len(deltas) if num_sites is None else num_sites)
         fields: dict[str, object] = {
             "region": self.name,
+            "run": plan.run,
             "base_model_hash": plan.base.model_hash,
             "task_hash": plan.task.hash,
             "groups": plan.task.groups,

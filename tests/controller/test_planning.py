@@ -87,6 +87,7 @@ def answers_of(run, attempt, blobs, deltas_by_region):
         summed = total.partial(len(deltas))
         head = PartialHead(
             region=region,
+            run=run.run,
             base_model_hash=run.model_hash,
             task_hash=attempt.spec.hash,
             groups=run.groups,

@@ -12,7 +12,8 @@ from contextlib import asynccontextmanager
 import pytest
 
 from controller.app import ControllerApp
-from hierfl.errors import PortInUse, StoreLocked
+from controller.rows import ModelRow
+from hierfl.errors import DiskFull, PortInUse, StoreLocked, WireError
 from hierfl.pki import Kit
 
 DIES_BETWEEN_RECORD_AND_STORE = """
@@ -155,6 +156,55 @@ async def test_a_cancelled_or_paused_run_stays_so_over_a_restart(federation, job
         states = {summary.run: summary.state for summary in await operator.runs()}
         assert states == {cancelled: "cancelled", waiting: "running"}
         assert (await operator.status()).leader_epoch == app.leader.epoch == 2
+        await federation.close()
+
+
+async def test_a_cancelled_run_keeps_the_version_that_was_on_record(federation, job, monkeypatch):
+    async with federation.controller() as app:
+        operator = await federation.operator()
+        eu, us = [await federation.region(name) for name in ("eu", "us")]
+        write = app.leader.store.write
+
+        def full(epoch, *rows):
+            if any(isinstance(row, ModelRow) and row.version == 1 for row in rows):
+                raise DiskFull("no space left")
+            write(epoch, *rows)
+
+        monkeypatch.setattr(app.leader.store, "write", full)
+        run = await federation.submit(operator, job(2))
+        plan, _ = await asyncio.gather(eu.answer(), us.answer())
+        await federation.until(operator, run, lambda s: s.summary.state == "paused")
+        monkeypatch.undo()
+        assert await operator.cancel(run) == "cancelled"
+        verdict = (await eu.next("verdict")).verdict
+        assert (verdict.committed, verdict.partial_digest) == (True, eu.partial(plan).digest)
+        assert (await operator.run(run)).summary.model_version == 1
+        await federation.close()
+
+
+async def test_a_region_whose_store_forgot_its_partial_is_not_asked_for_a_second_sum(federation, job, caplog):
+    async with federation.controller():
+        operator = await federation.operator()
+        eu, us = [await federation.region(name) for name in ("eu", "us")]
+        await federation.submit(operator, job())
+        plan = await eu.answer()
+        _, theirs = await us.plan()
+        await eu.close()
+        eu = await federation.region("eu", store_id="another")
+        assert f"region eu does not know of its partial {eu.partial(plan).digest}" in caplog.text
+        await us.uplink(theirs, us.partial(theirs))
+        verdict = (await eu.next("verdict")).verdict  # and no offer before it
+        assert (verdict.committed, verdict.partial_digest) == (True, eu.partial(plan).digest)
+        await federation.close()
+
+
+async def test_no_region_can_use_up_the_leader_epochs(federation, job):
+    async with federation.controller() as app:
+        with pytest.raises(WireError, match="out of range"):
+            await federation.region("eu", leader_epoch=2**62)
+        assert app.leader.epoch == 1
+        await federation.region("eu", leader_epoch=1000)
+        assert app.leader.epoch == 1001
         await federation.close()
 
 

@@ -66,6 +66,7 @@ def attempt_row(round_number=1, attempt=1, task=TaskKind.TRAIN) -> AttemptRow:
 def answer_row(region=EU, round_number=1, attempt=1, digest="blake3:00") -> AnswerRow:
     head = PartialHead(
         region=region,
+        run=RUN,
         base_model_hash=ModelHash("a" * 64),
         task_hash="t",
         groups=GROUPS,

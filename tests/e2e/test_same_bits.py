@@ -41,3 +41,5 @@ async def test_the_same_job_submitted_twice_gets_the_same_bytes_and_trains_nobod
     assert num_trained == 36
     assert len(trained) == num_trained
     assert [item.model_hash for item in again.rounds] == [item.model_hash for item in first.rounds]
+    collected_in = {share.collected_in for item in again.rounds for share in item.regions}
+    assert collected_in == {first.summary.run}, "its rounds say whose updates they count"

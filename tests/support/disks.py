@@ -52,5 +52,3 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[Path], SmallDisk]]:
     yield mount
     for path in mounted:
         subprocess.run(["umount", "--lazy", str(path)], check=True)
-
-

@@ -9,7 +9,7 @@ import asyncio
 import os
 import random
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -106,15 +106,26 @@ class InProcess:
         await self._open_controller(self.controller.address)
 
     async def start_combiner(self, stack: AsyncExitStack, region: str) -> None:
+        await self._open_combiner(region, "127.0.0.1:0")
+        stack.push_async_callback(lambda: self.combiners[region].__aexit__(None, None, None))
+
+    async def _open_combiner(self, region: str, listen: str) -> None:
         policy = ZonePolicy(k=min(3, len(self.regions[region])), max_share=1.0)
         combiner = LocalCombiner(
             Kit.load(self.kit("regions", region, "combiner")),
             self.directory / "regions" / region,
             self.controller.address,
             intakes=self.intakes,
+            listen=listen,
             region=replace(self.settings, policy=policy),
         )
-        self.combiners[region] = await stack.enter_async_context(combiner)
+        self.combiners[region] = await combiner.__aenter__()
+
+    async def restart_combiner(self, region: str) -> None:
+        """End a combiner as a crash would; start another on its directory and its address."""
+        (address,) = self.combiners[region].addresses
+        await self.combiners[region].kill()
+        await self._open_combiner(region, address)
 
     def start_clients(self, region: str) -> None:
         addresses = self.combiners[region].addresses
