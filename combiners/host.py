@@ -186,10 +186,6 @@ class RegionHost:
             await asyncio.wait(self._sealing)
         self.apply(*events)
 
-    def progressed(self) -> None:
-        """Something that the controller shows has changed."""
-        self.uplink.progressed()
-
     @property
     def is_informed(self) -> bool:
         """Whether the controller has said, since this start, which attempts are open."""
@@ -198,7 +194,11 @@ class RegionHost:
     # ------------------------------------------------------------ decide and carry out
 
     def apply(self, *events: Event) -> None:
-        """Let the state machine take ``events``, and do what it says."""
+        """Let the state machine take ``events``, and do what it says.
+
+        A report follows when an attempt changes its phase, and else at the heartbeat only: never an event an arrival.
+        """
+        before = self._phases()
         try:
             instructions = self.region.handle(*events)
         except InvalidTransition as error:
@@ -206,8 +206,12 @@ class RegionHost:
             raise
         for instruction in instructions:
             self._carry_out(instruction)
-        self.uplink.progressed()
+        if self._phases() != before:
+            self.uplink.progressed()
         self._settled.set()
+
+    def _phases(self) -> dict[AttemptKey, Phase]:
+        return {key: attempt.phase for key, attempt in self.region.attempts.items()}
 
     def _carry_out(self, instruction: Instruction) -> None:  # noqa: PLR0912 - one line a kind of instruction
         match instruction:

@@ -63,7 +63,6 @@ class Shell(Protocol):
     def apply(self, *events: Event) -> None: ...
     def spawn(self, work: Coroutine[Any, Any, None]) -> object: ...
     def on_disk(self, function: Callable[..., Any], *arguments: Any) -> Awaitable[Any]: ...
-    def progressed(self) -> None: ...
     @property
     def is_informed(self) -> bool: ...
 
@@ -135,8 +134,6 @@ class Reception:
             self._shell.apply(*events)
         answers = [await self._answer(incarnation, claim) for claim in tick.claims]
         told = [await self._told(key) for key in tick.asks]
-        if tick.claims:
-            self._shell.progressed()
         return TickReply(known=True, answers=tuple(answers), told=tuple(told))
 
     def _connection_events(self, incarnation: str, tick: Tick) -> list[Event]:

@@ -155,7 +155,7 @@ class Uplink:
                     await self._progressed.wait()
 
     def progressed(self) -> None:
-        """Something that the controller shows has changed."""
+        """An attempt has come to another phase."""
         self._progressed.set()
 
     # ------------------------------------------------------------ calls

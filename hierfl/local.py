@@ -8,7 +8,7 @@ and meets the others over mutual TLS. What is kept lies in one state folder:
     regions/<R>/      a combiner's zone store, blobs, traces
     clients/<name>/   held updates and traces of one client process
     ready/ logs/      where each program serves; what it said
-    up.json           who is running this federation now
+    up.json lock      who is running this federation now (hierfl/statefolder.py)
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import asyncio
 import contextlib
 import itertools
 import json
-import os
 import sys
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -28,19 +27,18 @@ from typing import Any
 
 from hierfl import provision
 from hierfl.config import FederationConfig, RegionConfig, SiteConfig
-from hierfl.errors import AppError, StoreLocked
-from hierfl.leftovers import clean_up_predecessor
-from hierfl.processes import Child, Program, ProgramFailed, find, kill_all
+from hierfl.errors import AppError
+from hierfl.processes import Child, Program, ProgramFailed, kill_all
+from hierfl.statefolder import claim, end_leftovers
 from hierfl.types import RegionId
 
-__all__ = ["OPERATOR", "Federation", "end_leftovers", "running", "serving"]
+__all__ = ["OPERATOR", "Federation", "serving"]
 
 OPERATOR = "admin"
 """Name of the operator whose kit ``up`` makes."""
 CLIENTS_PER_PROCESS = 32
 """Clients of one region and app that share a process; each keeps its own certificate and connection."""
 RESTART_FIRST_S, RESTART_MOST_S = 1.0, 30.0
-UP_NOTE = "up.json"
 
 Say = Callable[[str], None]
 Arguments = Callable[[], list[str]]
@@ -262,7 +260,7 @@ async def serving(
     try:
         async with asyncio.TaskGroup() as watchers:
             federation = Federation(config, state, say, watchers, restart=restart)
-            with _claim(state, federation.fleet):
+            with claim(state, federation.fleet):
                 try:
                     await federation.start()
                     yield federation
@@ -290,46 +288,3 @@ def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
     """The first of several failures: one clear line is worth more than all of them."""
     error = group.exceptions[0]
     return _first(error) if isinstance(error, BaseExceptionGroup) else error
-
-
-@contextlib.contextmanager
-def _claim(state: Path, fleet: str) -> Iterator[None]:
-    """Hold the state folder; what a killed predecessor left running is ended first."""
-    import fcntl
-
-    with (state / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StoreLocked(f"the federation in {state} is running already; stop it with `hierfl down`") from None
-        end_leftovers(state)
-        note = {"schema": "hierfl.up/1", "pid": os.getpid(), "fleet": fleet}
-        (state / UP_NOTE).write_text(json.dumps(note))
-        try:
-            yield
-        finally:
-            end_leftovers(state)
-
-
-def end_leftovers(state: Path) -> int:
-    """End what is left of the last federation of this state folder: processes, temporary folders, its note.
-
-    Returns how many processes were left.
-    """
-    last = running(state)
-    left = find(last["fleet"]) if last else []
-    if last:
-        kill_all(last["fleet"])
-    for note in (state / "regions").glob("*/ray.json"):
-        clean_up_predecessor(note)
-    (state / UP_NOTE).unlink(missing_ok=True)
-    return len(left)
-
-
-def running(state: Path) -> dict[str, Any] | None:
-    """Who runs the federation of this state folder, or did when it was killed: its ``up.json``, if there is one."""
-    try:
-        document: dict[str, Any] = json.loads((state / UP_NOTE).read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return None
-    return document if "fleet" in document else None

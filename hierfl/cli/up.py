@@ -77,30 +77,11 @@ def up(federation_file: Path) -> None:
 @click.argument("directory", default=".", type=click.Path(path_type=Path, file_okay=False))
 def down(directory: Path) -> None:
     """Stop the federation that `hierfl up` runs in this folder, and wait until it is gone."""
-    from hierfl.local import end_leftovers, running
+    from hierfl.statefolder import end_leftovers, stop_running
 
     state = state_dir(directory)
-    found = running(state) if state else None
-    stopped = found is not None and _end(found["pid"])
+    stopped = state is not None and stop_running(state, say, STOP_S)
     left = end_leftovers(state) if state else 0
     if not stopped and not left:
         raise NotFound("running federation in", str(directory.resolve()), "nothing to stop")
     say("stopped; nothing is left running")
-
-
-def _end(pid: int) -> bool:
-    """SIGTERM to the `hierfl up` of this number, and wait for its end; whether it was there."""
-    import psutil
-
-    try:
-        process = psutil.Process(pid)
-        if "up" not in process.cmdline():  # a stranger who got the number
-            return False
-        say("stopping clients, combiners and controller")
-        process.terminate()
-        process.wait(timeout=STOP_S)
-    except psutil.NoSuchProcess:
-        return False
-    except psutil.TimeoutExpired:
-        process.kill()
-    return True

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -167,13 +167,14 @@ async def test_a_controller_killed_in_mid_round_is_started_again_and_the_run_goe
     path, said = write_federation(tmp_path, "eu", "us", gate=address), []
     async with running(path, said) as (federation, admin):
         run = await submit(admin, a_job(rounds=2))
+        following = asyncio.create_task(follow(admin, run))  # as `hierfl train` does
         await watch.arrived(1, "eu", "us")
         was_at, killed = federation.controller_address, federation.children["controller"]
         os.kill(killed.pid, signal.SIGKILL)
         await killed.exited()
         await watch.open(up_to=2)
         async with asyncio.timeout(60):
-            await follow(admin, run)  # as `hierfl train` does: it waits for the controller
+            assert (await following).state == "finished"
         found = await admin.run(run)
         assert federation.controller_address == was_at
         assert federation.children["controller"].pid != killed.pid
@@ -277,10 +278,7 @@ def hierfl(*arguments: str, cwd: Path) -> tuple[int, str, str]:
 
 
 def test_ctrl_c_in_mid_round_ends_everything_with_130(tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as gate, Up(up_file(tmp_path, gate)) as up:
-        up.wait_until_up()
-        train = hierfl_process("train", "job.toml", cwd=tmp_path)
-        gate.accept()  # a client trains
+    with in_mid_round(tmp_path) as (up, train):
         up.process.send_signal(signal.SIGINT)
         _, talk = up.process.communicate(timeout=90)
         assert up.process.returncode == 130, talk
@@ -297,24 +295,29 @@ def test_ctrl_c_in_mid_round_ends_everything_with_130(tmp_path):
         assert "Traceback" not in talk
 
 
-def up_file(folder: Path, gate: socket.socket) -> Path:
-    """A federation and a job whose clients wait at ``gate``, a socket that says nothing."""
-    write_federation(folder, "eu", gate=f"127.0.0.1:{gate.getsockname()[1]}")
+@contextlib.contextmanager
+def in_mid_round(folder: Path) -> Iterator[tuple[Up, subprocess.Popen[str]]]:
+    """`hierfl up` and `hierfl train`, while a client trains: it waits at a socket that says nothing."""
     job = '[job]\nname = "test"\napp = "app"\nrounds = 1\n\n[round]\nmin_clients = 2\n'
     (folder / "job.toml").write_text(job)
-    return folder / "federation.toml"
+    with socket.create_server(("127.0.0.1", 0)) as gate:
+        path = write_federation(folder, "eu", gate=f"127.0.0.1:{gate.getsockname()[1]}")
+        with Up(path) as up:
+            up.wait_until_up()
+            train = hierfl_process("train", "job.toml", cwd=folder)
+            try:
+                with gate.accept()[0]:
+                    yield up, train
+            finally:
+                train.kill()
+                train.communicate()
 
 
 def test_kill_minus_9_of_up_in_mid_round_leaves_nothing_either(tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as gate, Up(up_file(tmp_path, gate)) as up:
-        up.wait_until_up()
-        train = hierfl_process("train", "job.toml", cwd=tmp_path)
-        gate.accept()
+    with in_mid_round(tmp_path) as (up, _):
         up.process.kill()
         up.process.wait()
         assert up.remains_after(60) == []
-        train.kill()
-        train.communicate()
     code, _, talk = hierfl("down", cwd=tmp_path)
     assert (code, "nothing to stop" in talk) == (4, True), talk
 

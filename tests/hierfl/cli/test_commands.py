@@ -147,7 +147,7 @@ def test_job_check_tells_parameters_and_bytes(hierfl, tmp_path):
 def test_job_check_without_the_app_checks_the_rest(hierfl, tmp_path):
     hierfl("init", tmp_path)
     (tmp_path / "app.py").unlink()
-    ended = hierfl("job", "check", tmp_path / "job.toml", "-o", "json")
+    ended = hierfl("job", "check", tmp_path / "job.toml", "-o", "json", "--set", "job.app=no_such_module")
     assert (ended.code, ended.document["model"]) == (0, None)
     assert "the model was not checked" in ended.err
 
