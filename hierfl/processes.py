@@ -14,6 +14,7 @@ import ctypes
 import json
 import os
 import re
+import select
 import signal
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -90,7 +91,20 @@ def kill_all(mark: str, session: int = 0) -> None:
         for process in processes:
             with contextlib.suppress(psutil.Error):
                 process.kill()
-        psutil.wait_procs(processes, timeout=5)
+        for process in processes:
+            _wait_for_end(process.pid, timeout_s=5)
+
+
+def _wait_for_end(pid: int, timeout_s: float) -> None:
+    """Wait without taking the exit status, which is for the process that started this one."""
+    with contextlib.suppress(ProcessLookupError):
+        handle = os.pidfd_open(pid)
+        try:
+            waiting = select.poll()
+            waiting.register(handle, select.POLLIN)
+            waiting.poll(1000 * timeout_s)
+        finally:
+            os.close(handle)
 
 
 def _end_with_parent() -> None:

@@ -19,6 +19,7 @@ from combiners.local import LocalCombiner
 from hierfl import documents, provision
 from hierfl.aggregation import ColumnGroup, GroupKind, PartialAggregate, Weighting
 from hierfl.border import LEDGER_HEAD_METADATA, head_statement
+from hierfl.errors import Unreachable
 from hierfl.identity import Identity, RoleName
 from hierfl.layout import Layout, model_hash
 from hierfl.metrics import MetricSpec
@@ -415,14 +416,27 @@ class Client:
             await asyncio.sleep(admitted.retry_after_ms / 1000)
 
     async def until_sealed(self, plan: Plan, **update: Any) -> None:
-        """Hand in whenever asked, until the update is in the region's durable partial."""
+        """Hand in whenever asked, until the update is in the region's durable partial.
+
+        Raises:
+            Unreachable: The intake has sent this client away, to come back.
+        """
         async with asyncio.timeout(30):
             while True:
-                event = await self.events.get()
+                event = await self._next_event()
                 if event.WhichOneof("event") == "offer":
                     await self.hand_in(plan, **update)
                 elif event.receipt.state == pb.RECEIPT_STATE_SEALED:
                     return
+
+    async def _next_event(self) -> pb.FollowResponse:
+        getting, ending = asyncio.ensure_future(self.events.get()), asyncio.ensure_future(self.ended.wait())
+        await asyncio.wait((getting, ending), return_when=asyncio.FIRST_COMPLETED)
+        ending.cancel()
+        if getting.done():
+            return getting.result()
+        getting.cancel()
+        raise Unreachable("the stream has ended")
 
     async def receipts(self, *keys: AttemptKey) -> list[pb.Receipt]:
         request = pb.GetReceiptsRequest(keys=[key_to_proto(key) for key in keys])

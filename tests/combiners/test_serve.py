@@ -15,6 +15,8 @@ from typing import Any
 import psutil
 import pytest
 
+from hierfl.errors import Unreachable
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
 
@@ -101,6 +103,17 @@ async def test_a_round_through_ray_is_counted_and_a_drain_leaves_nothing(
     nothing_is_left(served)
 
 
+async def persist(connect, kit, address, plan):
+    """As the SDK does: come back whenever sent away, until the update is sealed."""
+    async with asyncio.timeout(60):
+        while True:
+            client = await connect(kit, address)
+            try:
+                return await client.until_sealed(plan)
+            except Unreachable:
+                await client.leave()
+
+
 async def test_killed_actors_come_back_and_their_clients_are_asked_again(serve, controller, client_kits, connect, plan):
     async with serve() as served:
         clients = [await connect(kit, served.addresses[0]) for kit in client_kits[:3]]
@@ -113,8 +126,7 @@ async def test_killed_actors_come_back_and_their_clients_are_asked_again(serve, 
         await asyncio.gather(*(client.offer() for client in again))
         await asyncio.gather(*(client.hand_in(plan) for client in again[:2]))
         served.actor("IntakeActor").kill()
-        third = [await connect(kit, served.addresses[1]) for kit in client_kits[:3]]
-        await asyncio.gather(*(client.until_sealed(plan) for client in third))
+        await asyncio.gather(*(persist(connect, kit, served.addresses[1], plan) for kit in client_kits[:3]))
         _, head, _, _ = await controller.partials.get()
         assert (head.num_updates, head.region_epoch) == (3, 2)
 
