@@ -56,7 +56,14 @@ _USES: Mapping[RoleName, frozenset[ObjectIdentifier]] = {
 }
 """Which ends of a connection a role may be; a leaf says exactly this."""
 
-_MALFORMED = (ValueError, TypeError, x509.DuplicateExtension, x509.ExtensionNotFound, x509.UnsupportedGeneralNameType)
+_MALFORMED = (
+    ValueError,
+    TypeError,
+    x509.DuplicateExtension,
+    x509.ExtensionNotFound,
+    x509.UnsupportedGeneralNameType,
+    x509.InvalidVersion,
+)
 """What cryptography raises on bytes that a peer made up."""
 
 

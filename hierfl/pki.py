@@ -158,7 +158,7 @@ def _read(path: Path, load: Callable[[bytes], T]) -> T:
         raise CertificateMissing(f"{path} is not there; {_ORIGIN}") from None
     except OSError as error:
         raise CertificateMissing(f"{path} cannot be read: {error.strerror}; {_ORIGIN}") from None
-    except (ValueError, TypeError, UnsupportedAlgorithm):
+    except (ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion):
         raise CertificateUntrusted(f"{path} is damaged: no PEM of the right kind; {_ORIGIN}") from None
 
 
