@@ -236,6 +236,7 @@ def good_leaf(authorities: dict[str, Authority]) -> bytes:
     return forged(authorities["eu"])
 
 
+@pytest.mark.filterwarnings("ignore:Parsed a serial number")
 @given(place=st.integers(0, 1 << 16), value=st.integers(0, 255))
 @example(place=12, value=3)  # no version of X.509
 @example(place=430, value=1)
