@@ -221,7 +221,8 @@ def _joined(settings: CombinerSettings, namespace: str) -> Iterator[None]:
         ray.init(address=settings.ray_address, namespace=namespace, logging_level=logging.WARNING)
     except ConnectionError as error:
         raise Unreachable(
-            f"the Ray cluster at {settings.ray_address} does not answer: {error}; check --ray-address"
+            f"the Ray cluster at {settings.ray_address} does not answer: {error};"
+            " check --ray-address, and RAY_AUTH_TOKEN if that cluster asks for one"
         ) from None
     try:
         yield
