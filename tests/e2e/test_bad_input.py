@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -397,14 +398,24 @@ SITES = {"eu": ["site-00", "site-01", "site-02"], "us": ["site-10", "site-11", "
 async def test_a_controller_whose_disk_fills_up_takes_nothing_until_there_is_room(federate, small_disk, tmp_path):
     disk, heard = small_disk(tmp_path / "federation-0" / "controller"), Heard()
     wanted = job(rounds=2, min_regions=2, min_clients=3, evaluate_every=0)
-    async with federate(SITES, app=noisy_app(num_values=50_000)) as federation:
+    offered, filled = threading.Event(), threading.Event()
+
+    def wait_for_the_full_disk(seed: int) -> None:
+        del seed
+        offered.set()
+        filled.wait(30)
+
+    app = noisy_app(num_values=50_000, on_train=wait_for_the_full_disk)
+    async with federate(SITES, app=app) as federation:
         await federation.hear("waiting for a round", times=6)
         disk.fill()
         with pytest.raises(DiskFull, match="the server's disk is full"):
             await federation.submit(wanted)
         disk.free()
         run = await federation.submit(wanted)
+        assert await asyncio.to_thread(offered.wait, 30), "the round is open, its offers are out"
         disk.fill()
+        filled.set()
         with heard.at("hierfl.wire.access"):
             assert "no space left" in await heard.words("Uplink failed")
         disk.free()
