@@ -1,7 +1,8 @@
 """Private files and folders that appear whole or not at all.
 
 Each is written beside its place under a name with a dot, synced, and renamed into it; what a killed process
-leaves behind still has that name. Files are mode 0600, folders 0700.
+leaves behind still has that name. Files are mode 0600, folders 0700. ``whole_file`` is for what is neither private nor
+kept through a crash: an export, a ready file.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from hierfl.errors import ConfigError
 
-__all__ = ["write_file", "write_folder"]
+__all__ = ["whole_file", "write_file", "write_folder"]
 
 
 def write_folder(path: Path, files: Mapping[str, bytes], folders: Sequence[str] = ()) -> None:
@@ -76,3 +77,14 @@ def _make_private(path: Path) -> None:
     if not path.exists():
         _make_private(path.parent)
         path.mkdir(mode=0o700, exist_ok=True)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A file to write beside ``path``, which takes its place when the block ends well and is gone when it does not."""
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

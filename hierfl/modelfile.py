@@ -13,6 +13,7 @@ import numpy as np
 from safetensors import SafetensorError
 
 from hierfl.errors import ConfigError, DiskFull, NotFound, StorageError
+from hierfl.folders import whole_file
 from hierfl.types import Params
 
 __all__ = ["FORMATS", "check_suffix", "read_safetensors", "write"]
@@ -71,15 +72,11 @@ def write(path: Path, params: Params, metadata: Mapping[str, str]) -> None:
         DiskFull, StorageError: It cannot be written there.
     """
     check_suffix(path)
-    temporary = path.with_name(f".{path.name}.part")
     try:
-        FORMATS[path.suffix](temporary, params, metadata)
-        temporary.replace(path)
+        with whole_file(path) as temporary:
+            FORMATS[path.suffix](temporary, params, metadata)
     except (OSError, RuntimeError, SafetensorError) as error:  # a library's word for a disk that refuses
-        temporary.unlink(missing_ok=True)
         raise _not_written(path, params, error) from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _not_written(path: Path, params: Params, error: Exception) -> StorageError:

@@ -203,18 +203,16 @@ def write_history(path: Path, rows: list[dict[str, Any]]) -> None:
     import pyarrow as pa
     from pyarrow import csv, parquet
 
+    from hierfl.folders import whole_file
+
     writers: Mapping[str, Callable[[pa.Table, str], None]] = {".csv": csv.write_csv, ".parquet": parquet.write_table}
     writer = writers.get(path.suffix)
     if writer is None:
         raise ConfigError("--history", str(path), f"must end in {' or '.join(writers)}")
     names = list(dict.fromkeys(name for row in rows for name in row))
     columns = pa.table({name: [row.get(name) for row in rows] for name in names})
-    temporary = path.with_name(f".{path.name}.part")
-    try:
+    with whole_file(path) as temporary:
         writer(columns, str(temporary))
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _rounds_table(found: pb.GetRunResponse) -> None:

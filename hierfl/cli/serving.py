@@ -14,6 +14,8 @@ from typing import Any, TextIO, TypeVar
 
 import click
 
+from hierfl.folders import whole_file
+
 __all__ = ["catch_signals", "directory_option", "ready", "ready_file_option", "until_stopped"]
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -81,8 +83,7 @@ def ready(role: str, file: Path | None) -> Iterator[Callable[..., None]]:
 def _announce(line: str, file: Path | None, stdout: TextIO) -> None:
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(file.name + ".part")
-        temporary.write_text(line + "\n")
-        temporary.replace(file)
+        with whole_file(file) as temporary:
+            temporary.write_text(line + "\n")
     click.echo(line, file=stdout)
     stdout.flush()
