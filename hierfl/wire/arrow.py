@@ -23,8 +23,16 @@ __all__ = ["CHUNK_BYTES", "DTYPES", "DtypeName", "decode_chunk", "encode_chunk",
 CHUNK_BYTES = 2**20
 """Values of a full chunk: 262,144 of float32, 131,072 of int64. The last chunk of a vector may be shorter."""
 
-DtypeName = Literal["float32", "int64"]
-DTYPES: Mapping[str, np.dtype[np.generic]] = {"float32": np.dtype("<f4"), "int64": np.dtype("<i8")}
+DtypeName = Literal["float32", "int64", "int8", "uint8", "uint16", "uint32", "uint64"]
+DTYPES: Mapping[str, np.dtype[np.generic]] = {
+    "float32": np.dtype("<f4"),
+    "int64": np.dtype("<i8"),
+    "int8": np.dtype("i1"),
+    "uint8": np.dtype("u1"),
+    "uint16": np.dtype("<u2"),
+    "uint32": np.dtype("<u4"),
+    "uint64": np.dtype("<u8"),
+}
 
 _SCHEMAS = {
     name: pa.schema([pa.field("v", pa.from_numpy_dtype(dtype), nullable=False)]) for name, dtype in DTYPES.items()
@@ -48,7 +56,7 @@ def values_per_chunk(dtype: str) -> int:
 
 
 def encode_chunk(values: np.ndarray) -> bytes:
-    """One message with ``values``, shape ``(n,)``, n at least 1, float32 or int64, contiguous."""
+    """One message with ``values``, shape ``(n,)``, n at least 1, of a dtype of ``DTYPES``, contiguous."""
     body = values.data.cast("B")
     return b"".join((_message_head(values.dtype.name, values.size), body, b"\0" * (-len(body) % 8)))
 

@@ -6,7 +6,7 @@ is kept. The header is JSON; the descriptor is a JSON text inside of it, because
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,6 +19,7 @@ from hierfl.wire.convert import check_key
 
 __all__ = [
     "MAX_HEADER_BYTES",
+    "PLAIN",
     "PROTOCOL",
     "Descriptor",
     "Expect",
@@ -37,6 +38,8 @@ __all__ = [
 
 PROTOCOL = "hierfl.transfer/1"
 Kind = Literal["model", "update", "partial"]
+PLAIN: Mapping[Kind, DtypeName] = {"model": "float32", "update": "float32", "partial": "int64"}
+"""The encoding of each kind where nothing else was agreed."""
 
 HEADER_PART_BYTES = 2**20
 MAX_HEADER_BYTES = documents.MAX_DOCUMENT_BYTES
@@ -77,8 +80,8 @@ class Descriptor:
     """What a transfer holds. Travels as the exact JSON text that its digest covers."""
 
     kind: Kind
-    encoding: DtypeName
-    """How values travel; in protocol version 1 the dtype of every vector."""
+    encoding: str
+    """How the vectors stand for values: the dtype of them all where they are plain, or a name that both sides know."""
     digest_alg: str
     layout_hash: str
     vectors: tuple[VectorSpec, ...]
@@ -121,6 +124,20 @@ class Expect:
     max_bytes: int
     """Cap on the bytes of all values."""
     digest: str | None = None
+    encoding: str | None = None
+    """``None``: plain values."""
+    at_most: bool = False
+    """Whether a vector may have fewer values than ``vectors`` says: where their number depends on the values."""
+
+    def fits(self, vectors: tuple[VectorSpec, ...]) -> bool:
+        """Whether these are the vectors expected."""
+        if self.vectors is None or vectors == self.vectors:
+            return True
+        return (
+            self.at_most
+            and [(spec.name, spec.dtype) for spec in vectors] == [(spec.name, spec.dtype) for spec in self.vectors]
+            and all(spec.num_values <= most.num_values for spec, most in zip(vectors, self.vectors, strict=True))
+        )
 
 
 def continues(frame: bytes) -> bool:
@@ -190,13 +207,19 @@ def check_descriptor(descriptor: Descriptor) -> None:
     """
     vectors = descriptor.vectors
     digest.new(descriptor.digest_alg)
+    _require(
+        1 <= len(descriptor.encoding.encode(errors="replace")) <= MAX_NAME_BYTES, "its encoding has no usable name"
+    )
     _require(len(descriptor.layout_hash) == 64 and _is_hex(descriptor.layout_hash), "its layout hash is no SHA-256")
     _require(len(vectors) <= MAX_VECTORS, f"has more than {MAX_VECTORS} vectors")
     _require(len({spec.name for spec in vectors}) == len(vectors), "a vector's name stands twice")
     for spec in vectors:
         _require(1 <= len(spec.name.encode(errors="replace")) <= MAX_NAME_BYTES, "a vector's name is out of range")
         _require(0 <= spec.num_values <= MAX_VALUES, f"vector {spec.name[:80]!r} has a length out of range")
-        _require(spec.dtype == descriptor.encoding, f"vector {spec.name[:80]!r} has another dtype than the encoding")
+        _require(
+            spec.dtype == descriptor.encoding or descriptor.encoding not in arrow.DTYPES,
+            f"vector {spec.name[:80]!r} has another dtype than the encoding",
+        )
     _require(descriptor.length_bytes == sum(spec.length_bytes for spec in vectors), "its length is not its vectors'")
     _require(descriptor.num_chunks == sum(spec.num_chunks for spec in vectors), "its chunks are not its vectors'")
 
@@ -212,7 +235,10 @@ def check_expected(descriptor: Descriptor, expect: Expect) -> None:
     _require(descriptor.kind == expect.kind, f"is of kind {descriptor.kind!r}, not {expect.kind!r}")
     if expect.layout_hash is not None and descriptor.layout_hash != expect.layout_hash:
         raise LayoutMismatch(f"transfer: has layout {descriptor.layout_hash[:12]}, the run {expect.layout_hash[:12]}")
-    if expect.vectors is not None and descriptor.vectors != expect.vectors:
+    encoding = expect.encoding or PLAIN[expect.kind]
+    if descriptor.encoding != encoding:
+        raise LayoutMismatch(f"transfer: is encoded as {descriptor.encoding[:40]!r}, expected is {encoding!r}")
+    if expect.vectors is not None and not expect.fits(descriptor.vectors):
         raise LayoutMismatch(f"transfer: has {_listed(descriptor.vectors)}, not {_listed(expect.vectors)}")
     _require(
         descriptor.length_bytes <= expect.max_bytes,

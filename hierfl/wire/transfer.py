@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping
+from typing import cast
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from hierfl.types import AttemptKey
 from hierfl.wire import arrow, digest
 from hierfl.wire.arrow import DtypeName
 from hierfl.wire.header import (
+    PLAIN,
     PROTOCOL,
     Descriptor,
     Expect,
@@ -55,7 +57,7 @@ class Outgoing:
         layout_hash: str,
         vectors: Mapping[str, np.ndarray],
         meta: bytes = b"",
-        encoding: DtypeName | None = None,
+        encoding: str | None = None,
         digest_alg: str = digest.DEFAULT,
     ) -> None:
         """Describe a transfer; nothing is encoded yet, and ``vectors`` must not change until it is.
@@ -63,16 +65,17 @@ class Outgoing:
         Args:
             kind: What the vectors are.
             layout_hash: Of the run's layout, 64 hex digits.
-            vectors: By name, in order, each of shape ``(n,)``, of the dtype that ``encoding`` names.
+            vectors: By name, in order, each of shape ``(n,)``, of a dtype of ``arrow.DTYPES``.
             meta: Document that goes along, UTF-8 (see ``Descriptor``).
-            encoding: int64 for a partial, float32 for all else where not given.
+            encoding: What the vectors are; where not given plain values: int64 of a partial, float32 of all else.
             digest_alg: One of ``digest.ALGORITHMS``.
         Raises:
             WireError: A vector has another dtype or shape, or ``meta`` is no UTF-8.
         """
-        encoding = encoding or ("int64" if kind == "partial" else "float32")
-        self._vectors = {name: _plain(name, vector, encoding) for name, vector in vectors.items()}
-        specs = tuple(VectorSpec(name=n, dtype=encoding, num_values=v.size) for n, v in self._vectors.items())
+        encoding = encoding or PLAIN[kind]
+        only = encoding if encoding in arrow.DTYPES else None
+        self._vectors = {name: _plain(name, vector, only) for name, vector in vectors.items()}
+        specs = tuple(VectorSpec(name=n, dtype=_dtype_name(v), num_values=v.size) for n, v in self._vectors.items())
         self.descriptor = Descriptor(
             kind=kind,
             encoding=encoding,
@@ -243,11 +246,16 @@ class Incoming:
         self._next = next(self._lengths, None)
 
 
-def _plain(name: str, vector: np.ndarray, encoding: str) -> np.ndarray:
-    dtype = arrow.DTYPES[encoding]
+def _plain(name: str, vector: np.ndarray, only: str | None) -> np.ndarray:
+    """``vector`` as it travels; plain values have one dtype, an encoding's vectors each one that travels."""
+    dtype = arrow.DTYPES.get(only or vector.dtype.name)
     if vector.ndim != 1 or vector.dtype != dtype:
-        raise WireError(f"vector {name!r} is {vector.dtype} {vector.shape}, not {encoding} of one dimension")
-    return np.ascontiguousarray(vector, dtype)
+        raise WireError(f"vector {name!r} is {vector.dtype} {vector.shape}, not {only or 'numbers'} of one dimension")
+    return np.ascontiguousarray(vector)
+
+
+def _dtype_name(vector: np.ndarray) -> DtypeName:
+    return cast("DtypeName", vector.dtype.name)
 
 
 def _text(meta: bytes) -> str:

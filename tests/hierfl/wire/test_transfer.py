@@ -84,6 +84,34 @@ def test_a_partial_is_int64():
     assert sent.descriptor.encoding == "int64"
 
 
+def encoded(num_blocks: int = 2) -> Outgoing:
+    vectors = {"train": np.arange(5, dtype=np.int8), "train.scale": np.ones(num_blocks, np.float32)}
+    return Outgoing("update", LAYOUT, vectors, encoding="int8-blocks")
+
+
+def test_an_encoding_has_vectors_of_several_dtypes():
+    sent = encoded()
+    got = received(sent.frames(), expecting(sent, encoding="int8-blocks"))
+    assert [(spec.name, spec.dtype) for spec in got.descriptor.vectors] == [
+        ("train", "int8"),
+        ("train.scale", "float32"),
+    ]
+    assert got.vectors()["train"].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_an_encoding_that_was_not_asked_for_is_refused():
+    with pytest.raises(LayoutMismatch, match="'int8-blocks', expected is 'float32'"):
+        received(encoded().frames(), expecting(encoded()))
+
+
+def test_fewer_values_than_expected_are_taken_where_their_number_is_a_bound():
+    most = encoded(num_blocks=3).descriptor.vectors
+    rule = {"encoding": "int8-blocks", "vectors": most, "at_most": True}
+    assert received(encoded().frames(), expecting(encoded(), **rule)).vectors()["train.scale"].size == 2
+    with pytest.raises(LayoutMismatch):
+        received(encoded(num_blocks=4).frames(), expecting(encoded(), **rule))
+
+
 def test_received_chunks_are_views_on_the_frames():
     sent = outgoing()
     frames = list(sent.frames())
@@ -258,6 +286,7 @@ LIES = {
         "num_chunks": 0,
     },
     "an unknown encoding": {"encoding": "pickle"},
+    "an encoding without a name": {"encoding": ""},
     "an unknown digest": {"digest_alg": "md5"},
     "a layout hash": {"layout_hash": "../../etc/passwd"},
     "a missing part": {"vectors": None},
