@@ -96,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--client-disk",
         action="store_true",
-        help="clients hold their updates on this machine's disk, too; else in memory (/dev/shm), since sites share none",
+        help="clients hold their updates on this machine's disk, which they would not share in life; else in memory",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep logs and traces in DIR")

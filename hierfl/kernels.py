@@ -51,6 +51,8 @@ class Kernels(NamedTuple):
 
 
 def _first_out_of_range_numpy(values: Float32Array, limit: np.float32) -> int:
+    if values.size and -limit <= values.min() and values.max() <= limit:  # no temporary; false for NaN
+        return -1
     bad = ~(np.abs(values) <= limit)
     return int(np.argmax(bad)) if bad.any() else -1
 

@@ -229,10 +229,11 @@ class Layout:
             if spec.role is Role.FIXED and tensor_digest(np.asarray(params[spec.name])) != spec.digest:
                 raise LayoutMismatch(f"tensor {spec.name!r} is fixed, and its values are not those of the run's model")
 
-    def flatten(self, params: Params) -> dict[str, Float32Array]:
+    def flatten(self, params: Params, minus: Mapping[str, Float32Array] | None = None) -> dict[str, Float32Array]:
         """Copy the train and mean tensors into new flat vectors, each of shape ``(n,)``, float32.
 
-        Local and fixed tensors may be missing; a name that the layout lacks is refused.
+        Local and fixed tensors may be missing; a name that the layout lacks is refused. ``minus`` is subtracted, in
+        float32: flat vectors of this layout.
 
         Raises:
             LayoutMismatch: Names the first tensor that differs.
@@ -240,10 +241,15 @@ class Layout:
         self._check_names(params, required=set(self.slots))
         self._check_arrays(params)
         vectors = {name: np.empty(size, np.float32) for name, size in self.vectors.items()}
-        with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinity, which check_values names
+        with np.errstate(over="ignore", invalid="ignore"):  # infinities are for check_values to name
             for name, slot in self.slots.items():
                 if slot.stop > slot.start:
-                    vectors[slot.vector][slot.start : slot.stop] = np.asarray(params[name]).reshape(-1)
+                    part, values = slice(slot.start, slot.stop), np.asarray(params[name]).reshape(-1)
+                    if minus is None:
+                        vectors[slot.vector][part] = values
+                    else:
+                        values = values.astype(np.float32, copy=False)
+                        np.subtract(values, minus[slot.vector][part], out=vectors[slot.vector][part])
         return vectors
 
     def unflatten(self, vectors: Mapping[str, Float32Array]) -> dict[str, np.ndarray]:

@@ -136,7 +136,7 @@ class Operator:
     async def fetch_model(self, model: pb.Model) -> tuple[Layout, dict[str, Float32Array]]:
         """Fetch a model and check it against its own hash: layout and flat float32 vectors."""
         expect = transfer.Expect("model", model.layout_hash, None, MAX_MODEL_BYTES, None)
-        incoming = await rpc.fetch_model(self._stub, model.model_hash, expect)
+        incoming = await rpc.fetch_model(self._stub, model.model_hash, expect, keeps_frames=False)
         layout = Layout.from_bytes(incoming.meta)
         vectors = incoming.vectors()
         if model_hash(layout, vectors) != model.model_hash:

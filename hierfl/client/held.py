@@ -203,7 +203,7 @@ def _bytes_of(vector: np.ndarray) -> memoryview:
 
 def encode_update(layout_hash: str, vectors: Mapping[str, np.ndarray], head: UpdateHead) -> transfer.Outgoing:
     """An update as a transfer: equal values and head give equal bytes and digest."""
-    return transfer.Outgoing("update", layout_hash, vectors, meta=documents.encode(head))
+    return transfer.Outgoing("update", layout_hash, vectors, meta=documents.encode(head), keeps_copy=False)
 
 
 class LocalTensors:

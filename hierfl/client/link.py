@@ -122,7 +122,7 @@ class Link:
         """A model, checked against its hash."""
         stub = self._ready()
         with _errors_of(stub):
-            return await rpc.fetch_model(stub, model_hash, expect)
+            return await rpc.fetch_model(stub, model_hash, expect, keeps_frames=False)
 
     async def admit(
         self, key: AttemptKey, outgoing: transfer.Outgoing, weight: int, signature: bytes

@@ -160,13 +160,9 @@ def deltas_of(
         base: The vectors of the model that the task gave, as float32, each in its tensors' own precision.
     """
     try:
-        vectors = layout.flatten(arrays)
+        return layout.flatten(arrays, minus=base)
     except LayoutMismatch as error:  # tied tensors that came apart
         raise AppError(f"train: {error}") from None
-    with np.errstate(over="ignore", invalid="ignore"):  # infinities are for the range check to name
-        for name, vector in vectors.items():
-            np.subtract(vector, base[name], out=vector)
-    return vectors
 
 
 def local_arrays(layout: Layout, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -304,7 +304,9 @@ async def hello(stub: Stub, who: str, address: str) -> int:
     return negotiate(PROTOCOL_VERSIONS, [response.version], our_name="this program", their_name=f"{who} at {address}")
 
 
-async def fetch_model(stub: Stub, model_hash: str, expect: Expect, silence_s: float = SILENCE_S) -> Incoming:
+async def fetch_model(
+    stub: Stub, model_hash: str, expect: Expect, silence_s: float = SILENCE_S, *, keeps_frames: bool = True
+) -> Incoming:
     """Fetch a model by its hash, and check that it is this one.
 
     Args:
@@ -312,11 +314,12 @@ async def fetch_model(stub: Stub, model_hash: str, expect: Expect, silence_s: fl
         model_hash: 64 hex digits.
         expect: What to take; kind "model".
         silence_s: Longest wait for the next frame.
+        keeps_frames: Whether to keep them, to pass the model on (``Incoming``).
     Raises:
         WireError: What came does not fit, or is another model.
         HierFLError: What ``from_rpc_error`` makes of a call that failed.
     """
-    incoming = Incoming(expect)
+    incoming = Incoming(expect, keeps_frames=keeps_frames)
     call = stub.FetchModel(pb.FetchModelRequest(model_hash=model_hash))
     try:
         await frames_of(call, incoming, silence_s)

@@ -45,10 +45,11 @@ __all__ = ["Descriptor", "Expect", "Header", "Incoming", "Kind", "Outgoing", "Ve
 
 
 class Outgoing:
-    """A transfer to send, any number of times, from one encoded copy. Safe to share between threads.
+    """A transfer to send, any number of times. Safe to share between threads.
 
-    The copy is made at the first ``digest`` or ``frames`` (100 MB: 0.1 s), outside of an event loop where that
-    matters; the vectors are let go then.
+    What goes to many is sent from one encoded copy, made at the first ``digest`` or ``frames`` (100 MB: 0.1 s), outside
+    of an event loop where that matters; the vectors are let go then. What goes to one receiver needs no copy: its
+    frames are made one by one as they are sent (``keeps_copy=False``).
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Outgoing:
         meta: bytes = b"",
         encoding: str | None = None,
         digest_alg: str = digest.DEFAULT,
+        keeps_copy: bool = True,
     ) -> None:
         """Describe a transfer; nothing is encoded yet, and ``vectors`` must not change until it is.
 
@@ -69,6 +71,7 @@ class Outgoing:
             meta: Document that goes along, UTF-8 (see ``Descriptor``).
             encoding: What the vectors are; where not given plain values: int64 of a partial, float32 of all else.
             digest_alg: One of ``digest.ALGORITHMS``.
+            keeps_copy: Whether to encode once, for many receivers; else ``vectors`` must never change.
         Raises:
             WireError: A vector has another dtype or shape, or ``meta`` is no UTF-8.
         """
@@ -88,7 +91,9 @@ class Outgoing:
         )
         check_descriptor(self.descriptor)
         self._text = documents.encode(self.descriptor).decode()
-        self._encoded: tuple[tuple[bytes, ...], str] | None = None
+        self._keeps_copy = keeps_copy
+        self._copy: tuple[bytes, ...] | None = None
+        self._digest = ""
         self._lock = threading.Lock()
 
     @classmethod
@@ -96,17 +101,20 @@ class Outgoing:
         """Pass on what was received whole: the same frames under the same digest, no copy."""
         incoming.close()
         outgoing = cls.__new__(cls)
-        outgoing._vectors = {}
+        outgoing._vectors, outgoing._keeps_copy = {}, True
         outgoing.descriptor = incoming.descriptor
         outgoing._text = incoming.header.descriptor
-        outgoing._encoded = (tuple(incoming.frames), incoming.digest)
+        outgoing._copy, outgoing._digest = tuple(incoming.frames), incoming.digest
         outgoing._lock = threading.Lock()
         return outgoing
 
     @property
     def digest(self) -> str:
         """Root over descriptor and chunks, ``alg:hex``."""
-        return self._encode()[1]
+        with self._lock:
+            if not self._digest:
+                self._make()
+            return self._digest
 
     @property
     def length_bytes(self) -> int:
@@ -114,36 +122,43 @@ class Outgoing:
 
     def frames(self, key: AttemptKey | None = None, ticket: bytes = b"") -> Iterator[bytes]:
         """Header, chunks, trailer: addressed to ``key``, let in by ``ticket``."""
-        chunks, root = self._encode()
+        root = self.digest
         header = Header(protocol=PROTOCOL, key=key, ticket=ticket.hex(), descriptor=self._text)
         yield from header_frames(documents.encode(header))
-        yield from chunks
+        yield from self._copy if self._copy is not None else map(arrow.encode_chunk, self._chunks())
         yield documents.encode(Trailer(digest=root))
 
-    def _encode(self) -> tuple[tuple[bytes, ...], str]:
-        with self._lock:
-            if self._encoded is None:
-                self._encoded = self._make_frames()
-                self._vectors = {}
-            return self._encoded
+    def _make(self) -> None:
+        frames, digests = [], []
+        for values in self._chunks():
+            digests.append(_digest_of(self.descriptor.digest_alg, values))
+            if self._keeps_copy:
+                frames.append(arrow.encode_chunk(values))
+        self._digest = digest.root(self.descriptor.digest_alg, self._text.encode(), digests)
+        if self._keeps_copy:
+            self._copy, self._vectors = tuple(frames), {}
 
-    def _make_frames(self) -> tuple[tuple[bytes, ...], str]:
-        alg, frames, digests = self.descriptor.digest_alg, [], []
+    def _chunks(self) -> Iterator[np.ndarray]:
         for spec in self.descriptor.vectors:
             start = 0
             for length in spec.chunk_lengths():
-                values = self._vectors[spec.name][start : start + length]
-                frames.append(arrow.encode_chunk(values))
-                digests.append(_digest_of(alg, values))
+                yield self._vectors[spec.name][start : start + length]
                 start += length
-        return tuple(frames), digest.root(alg, self._text.encode(), digests)
 
 
 class Incoming:
     """A transfer being received. One frame at a time, from one thread at a time; an error ends it."""
 
-    def __init__(self, expect: Expect) -> None:
+    def __init__(self, expect: Expect, *, keeps_frames: bool = True) -> None:
+        """
+        Args:
+            expect: What is taken.
+            keeps_frames: Whether chunks are views on the frames, which stay. Else they are copied to their place in
+                the whole vectors as they come, and each frame is let go.
+        """
         self._expect = expect
+        self._keeps_frames = keeps_frames
+        self._whole: dict[str, np.ndarray] = {}
         self._head = b""
         self._header: Header | None = None
         self._descriptor: Descriptor | None = None
@@ -151,10 +166,11 @@ class Incoming:
         self._lengths: Iterator[tuple[VectorSpec, int]] = iter(())
         self._next: tuple[VectorSpec, int] | None = None
         self._digests: list[bytes] = []
+        self._num_taken = 0
         self.frames: list[bytes] = []
-        """The chunk frames as they came."""
+        """The chunk frames as they came, where they are kept."""
         self.chunks: dict[str, list[np.ndarray]] = {}
-        """By vector, in order: read-only views on the frames, each of shape ``(n,)``."""
+        """By vector, in order: views on the frames, or on the whole vectors, each of shape ``(n,)``."""
 
     def feed(self, frame: bytes) -> None:
         """Take the next frame.
@@ -188,7 +204,7 @@ class Incoming:
             DigestMismatch: Its values do not have the digest that the trailer names, or that was expected.
         """
         if self._trailer is None:
-            raise TransferIncomplete(f"transfer: ended after {len(self.frames)} of {self._num_chunks} chunks")
+            raise TransferIncomplete(f"transfer: ended after {self._num_taken} of {self._num_chunks} chunks")
         for wanted, who in ((self._trailer.digest, "its trailer names"), (self._expect.digest, "was expected")):
             if wanted is not None and wanted != self.digest:
                 raise DigestMismatch(f"transfer: has digest {self.digest}, {who} {wanted}; send it again")
@@ -216,7 +232,9 @@ class Incoming:
         return digest.root(self.descriptor.digest_alg, self.header.descriptor.encode(), self._digests)
 
     def vectors(self) -> dict[str, np.ndarray]:
-        """Copies of the whole vectors, each of shape ``(num_values,)``."""
+        """The whole vectors, each of shape ``(num_values,)``; copies where frames are kept."""
+        if not self._keeps_frames:
+            return self._whole
         return {
             spec.name: np.concatenate([np.empty(0, arrow.DTYPES[spec.dtype]), *self.chunks[spec.name]])
             for spec in self.descriptor.vectors
@@ -233,17 +251,32 @@ class Incoming:
         check_expected(descriptor, self._expect)
         self._header, self._descriptor = header, descriptor
         self.chunks = {spec.name: [] for spec in descriptor.vectors}
+        if not self._keeps_frames:
+            self._whole = {
+                spec.name: np.empty(spec.num_values, arrow.DTYPES[spec.dtype]) for spec in descriptor.vectors
+            }
         self._lengths = ((spec, length) for spec in descriptor.vectors for length in spec.chunk_lengths())
         self._next = next(self._lengths, None)
 
     def _take_chunk(self, frame: bytes, spec: VectorSpec, length: int) -> None:
         if frame.startswith(b"{"):
-            raise TransferIncomplete(f"transfer: ended after {len(self.frames)} of {self._num_chunks} chunks")
+            raise TransferIncomplete(f"transfer: ended after {self._num_taken} of {self._num_chunks} chunks")
         values = arrow.decode_chunk(frame, spec.dtype, length)
         self._digests.append(_digest_of(self.descriptor.digest_alg, values))
+        if self._keeps_frames:
+            self.frames.append(frame)
+        else:
+            values = self._placed(spec, values)
         self.chunks[spec.name].append(values)
-        self.frames.append(frame)
+        self._num_taken += 1
         self._next = next(self._lengths, None)
+
+    def _placed(self, spec: VectorSpec, values: np.ndarray) -> np.ndarray:
+        """A chunk, copied to its place: every one before it is full."""
+        start = len(self.chunks[spec.name]) * arrow.values_per_chunk(spec.dtype)
+        place = self._whole[spec.name][start : start + values.size]
+        place[:] = values
+        return place
 
 
 def _plain(name: str, vector: np.ndarray, only: str | None) -> np.ndarray:

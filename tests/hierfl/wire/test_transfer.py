@@ -127,6 +127,28 @@ def test_frames_are_encoded_once_for_all_receivers():
     assert all(one is other for one, other in zip(first[1:-1], second[1:-1], strict=True))
 
 
+def test_frames_made_as_they_are_sent_are_those_of_a_kept_copy():
+    kept, made = outgoing(num_train=600_000), outgoing(num_train=600_000, keeps_copy=False)
+    assert made.digest == kept.digest
+    assert list(made.frames(KEY)) == list(kept.frames(KEY)) == list(made.frames(KEY))
+
+
+def test_a_receiver_that_keeps_no_frames_has_the_same_vectors_and_checks_the_same():
+    sent = outgoing(num_train=600_000)
+    incoming = Incoming(expecting(sent), keeps_frames=False)
+    for frame in sent.frames():
+        incoming.feed(frame)
+    incoming.close()
+    assert not incoming.frames
+    assert incoming.vectors()["train"].tolist() == list(range(600_000))
+    assert np.concatenate(incoming.chunks["train"]).tolist() == list(range(600_000))
+    other = Incoming(expecting(sent, digest="blake3:" + 64 * "0"), keeps_frames=False)
+    for frame in sent.frames():
+        other.feed(frame)
+    with pytest.raises(DigestMismatch):
+        other.close()
+
+
 def test_threads_that_share_a_transfer_see_one_encoding():
     sent = outgoing(num_train=600_000)
     seen: list[list[int]] = []
