@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from hierfl import documents
@@ -79,7 +80,7 @@ class TaskSpec:
     evaluate: bool
     """Whether clients that can also evaluate the base model and send the sums along."""
 
-    @property
+    @cached_property
     def hash(self) -> str:
         """SHA-256 over the canonical document, ``sha256:hex``."""
         return documents.digest(documents.encode(self))

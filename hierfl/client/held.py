@@ -87,7 +87,8 @@ class Held:
 
 
 class HeldUpdates:
-    """The updates of one client. Everything in memory is on disk; a damaged file is dropped."""
+    """The updates of one client. Everything in memory is on disk, but for states that are no last word; a damaged file
+    is dropped."""
 
     def __init__(self, folder: Path) -> None:
         """Find what an earlier process left.
@@ -135,8 +136,14 @@ class HeldUpdates:
         return self._record(replace(held, attempt=attempt, state=ReceiptState.OFFERED))
 
     def mark(self, held: Held, state: ReceiptState) -> Held:
-        """Note what the combiner says of it."""
-        return held if held.state is state else self._record(replace(held, state=state))
+        """Note what the combiner says of it: STAGED and SEALED in memory only, they are asked for at each start."""
+        if held.state is state:
+            return held
+        marked = replace(held, state=state)
+        if state.is_last_word:
+            return self._record(marked)
+        self._held[held.work.id] = marked
+        return marked
 
     def drop(self, work: Work) -> None:
         """Forget an update: its last word has come, or its time is over."""

@@ -6,6 +6,7 @@ the site's own rules (fewest sites in a sum, apps installed here) and never take
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -76,7 +77,7 @@ def accept(offer: pb.Offer, kit: Kit, policy: SitePolicy, known_epoch: int, now:
     _check_signature(offer, kit.trust, now)
     if offer.leader_epoch < known_epoch:
         raise StaleEpoch(f"the offer is of leader epoch {offer.leader_epoch}, the newest seen is {known_epoch}")
-    plan = Plan.from_bytes(offer.plan)
+    plan = _read_plan(offer.plan)
     if key_from_proto(offer.key) != plan.key:
         raise WireError(f"the offer's key is not its plan's, {plan.key}")
     _check_addressee(plan, kit)
@@ -85,12 +86,29 @@ def accept(offer: pb.Offer, kit: Kit, policy: SitePolicy, known_epoch: int, now:
     return plan
 
 
+_read_plan = functools.lru_cache(maxsize=16)(Plan.from_bytes)
+"""All clients of a process get the same plan: it is read, and its task hashed, once."""
+
+
 def _check_signature(offer: pb.Offer, trust: TrustStore, now: datetime) -> None:
+    signed = (offer.certificate, offer.signature, plan_statement(offer.leader_epoch, offer.plan))
+    last_moment = _verified.get((signed, trust.controller))
+    if last_moment is not None and now <= last_moment:
+        return  # another client of this process has checked the same bytes
     signer = verify_leaf(offer.certificate, trust, now)
     if signer.role is not RoleName.CONTROLLER:
         raise CertificateUntrusted(f"the plan is signed by {signer}, not by the controller")
     leaf = x509.load_der_x509_certificate(offer.certificate)
-    verify(leaf, offer.signature, plan_statement(offer.leader_epoch, offer.plan), PLAN_CONTEXT)
+    verify(leaf, signed[1], signed[2], PLAN_CONTEXT)
+    if len(_verified) >= MAX_REMEMBERED:
+        _verified.clear()
+    authority = trust.authority(signer)
+    _verified[signed, trust.controller] = min(leaf.not_valid_after_utc, authority.not_valid_after_utc)
+
+
+MAX_REMEMBERED = 64
+_verified: dict[tuple[tuple[bytes, bytes, bytes], x509.Certificate | None], datetime] = {}
+"""Offers whose signature was found right under a controller's CA, and until when its certificates last."""
 
 
 def _check_addressee(plan: Plan, kit: Kit) -> None:
