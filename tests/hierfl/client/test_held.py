@@ -52,13 +52,18 @@ def test_an_update_is_found_again_with_the_same_digest(tmp_path: Path) -> None:
     assert len(updates) == 1
 
 
-def test_addressing_and_marking_outlast_a_restart(tmp_path: Path) -> None:
+def test_an_address_and_a_last_word_outlast_a_restart_and_other_states_are_asked_for_again(tmp_path: Path) -> None:
     updates = HeldUpdates(tmp_path)
     updates.save(held(), VECTORS)
-    updates.mark(updates.address(held(), 2), ReceiptState.SEALED)
+    addressed = updates.mark(updates.address(held(), 2), ReceiptState.SEALED)
+    assert updates.find(held().work) == addressed
     found = HeldUpdates(tmp_path).find(held().work)
     assert found is not None
-    assert (found.attempt, found.state) == (2, ReceiptState.SEALED)
+    assert (found.attempt, found.state) == (2, ReceiptState.OFFERED)
+    updates.mark(addressed, ReceiptState.NOT_COUNTED)
+    found = HeldUpdates(tmp_path).find(held().work)
+    assert found is not None
+    assert (found.attempt, found.state) == (2, ReceiptState.NOT_COUNTED)
 
 
 def test_a_dropped_update_leaves_nothing(tmp_path: Path) -> None:
