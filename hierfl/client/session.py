@@ -44,7 +44,6 @@ from hierfl.types import AttemptKey, ClientRef, RunId, TaskKind
 from hierfl.wire import hierfl_pb2 as pb
 from hierfl.wire import transfer
 from hierfl.wire.convert import key_from_proto
-from hierfl.wire.fetch import Fetcher
 
 __all__ = ["Session", "Site"]
 
@@ -351,7 +350,7 @@ class Session:
 
     async def _fetch(self, plan: Plan) -> FetchedModel:
         with observe.span(observe.SPAN_MODEL_FETCH, run=plan.run, round=plan.round, site=self.client.site):
-            fetch = partial(self.link.fetch_model, fetcher=Fetcher())
+            fetch = partial(self.link.fetch_model, fetcher=self.site.models.fetcher(plan.base.model_hash))
             try:
                 model = await self.courier.patiently(
                     lambda: self.site.models.get(plan, fetch), f"{round_of(plan.key)}: no model yet"
