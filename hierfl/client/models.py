@@ -49,7 +49,7 @@ class ModelCache:
         """What has come of a model so far: one for all who want it, for as long as one of them holds it."""
         fetcher = self._fetchers.get(model_hash)
         if fetcher is None:
-            fetcher = self._fetchers[model_hash] = Fetcher()
+            fetcher = self._fetchers[model_hash] = Fetcher(keeps_frames=False)
         return fetcher
 
     async def get(

@@ -120,23 +120,28 @@ async def cut_after(unfinished: Unfinished[str], num_chunks: int, **how: object)
 
 
 @settings(max_examples=30, deadline=None)
-@given(cuts=st.lists(st.integers(0, 6), max_size=4), sizes=st.lists(st.integers(0, 3 * CHUNK), min_size=1, max_size=3))
-def test_a_transfer_cut_anywhere_any_number_of_times_is_the_same_transfer(cuts, sizes):
+@given(
+    cuts=st.lists(st.integers(0, 6), max_size=4),
+    sizes=st.lists(st.integers(0, 3 * CHUNK), min_size=1, max_size=3),
+    keeps_frames=st.booleans(),
+)
+def test_a_transfer_cut_anywhere_any_number_of_times_is_the_same_transfer(cuts, sizes, keeps_frames):
     vectors = {f"v{n}": np.full(size, n, np.float32) for n, size in enumerate(sizes)}
     sent = Outgoing("update", "ab" * 32, vectors)
     header, *chunks, trailer = sent.frames()
-    incoming = Incoming(expecting(sent, sent.digest))
+    incoming = Incoming(expecting(sent, sent.digest), keeps_frames=keeps_frames)
     incoming.feed(header)
     for cut in cuts:
-        for chunk in chunks[len(incoming.frames) :][:cut]:
+        for chunk in chunks[incoming.num_taken :][:cut]:
             incoming.feed(chunk)
-        earlier, incoming = incoming, Incoming(expecting(sent, sent.digest))
+        earlier, incoming = incoming, Incoming(expecting(sent, sent.digest), keeps_frames=keeps_frames)
         incoming.feed(header)
-        assert incoming.go_on_from(earlier) == len(earlier.frames)
-    for frame in [*chunks[len(incoming.frames) :], trailer]:
+        assert incoming.go_on_from(earlier) == earlier.num_taken
+    for frame in [*chunks[incoming.num_taken :], trailer]:
         incoming.feed(frame)
     incoming.close()
     assert incoming.digest == sent.digest
+    assert incoming.frames == (chunks if keeps_frames else [])
     assert {name: vector.tolist() for name, vector in incoming.vectors().items()} == {
         name: vector.tolist() for name, vector in vectors.items()
     }
