@@ -59,7 +59,7 @@ class Cut:
 
 @pytest.fixture
 def ready(start_combiner, controller, client_kits, connect, plan):
-    """``async with``-less start: a combiner with three clients that have the offer."""
+    """``await ready(combiner)``: clients that have joined it and have its offer."""
 
     async def join(combiner: Any, count: int = 3) -> list[Any]:
         clients = [await connect(kit, combiner.addresses[0]) for kit in client_kits[:count]]
