@@ -42,6 +42,7 @@ from hierfl.receipts import Reason, Receipt, ReceiptState
 from hierfl.types import AttemptKey, ClientRef, ModelHash, UpdateKey
 from hierfl.wire import hierfl_pb2 as pb
 from hierfl.wire.convert import key_to_proto, receipt_to_proto
+from hierfl.wire.resume import KEEP_S, Unfinished
 from hierfl.wire.transfer import Incoming
 
 __all__ = ["Desk", "IntakeSettings"]
@@ -66,6 +67,8 @@ class IntakeSettings:
     """Seconds in which an admitted upload has to begin."""
     silence_s: float = 30.0
     """An upload without a frame for so long has ended."""
+    resume_s: float = KEEP_S
+    """What came of a cut upload is kept for so long, and its room with it."""
 
 
 class Desk:
@@ -87,6 +90,7 @@ class Desk:
             max_waiting=settings.max_following,
             ticket_s=settings.ticket_s,
         )
+        self.unfinished: Unfinished[UpdateKey] = Unfinished(settings.resume_s, settings.staging_bytes)
         self.followers = Followers(self.link.connection)
         self.attempts: dict[AttemptKey, Folding] = {}
         self.bytes_in = self.bytes_out = 0
@@ -103,6 +107,7 @@ class Desk:
     def stop_admitting(self) -> None:
         """Take no more updates: what asks from now on is sent away."""
         self.is_stopping = True
+        self.unfinished.close()
         self.line.clear()
 
     def shut(self) -> None:
@@ -124,6 +129,7 @@ class Desk:
         for attempt in self.attempts.values():
             attempt.close()
         self.attempts.clear()
+        self.unfinished.drop(lambda _: True)
         self.line.clear()
         self.followers.end_all()
 
@@ -176,6 +182,7 @@ class Desk:
         if attempt is None:
             return
         attempt.close()
+        self.unfinished.drop(lambda update: update.attempt == key)
         withdrawal = pb.FollowResponse(withdrawal=pb.Withdrawal(key=key_to_proto(key), reason=reason))
         for session in self.followers.serving(attempt.plan):
             if session.client not in attempt.folded:
@@ -216,9 +223,10 @@ class Desk:
         except WireError as error:
             self.refused(claim.key, error)
             raise
-        if self.line.is_full:
+        admitted = Admitted(claim=claim, length_bytes=length_bytes)
+        if self.line.is_full and not self.line.has_place(admitted):
             return RETRY_AFTER_MS
-        return await self.line.enter(Admitted(claim=claim, length_bytes=length_bytes))
+        return await self.line.enter(admitted)
 
     async def _ask_instead(self, claim: Claim) -> Receipt | int:
         told = await self.link.ask(claim.key)

@@ -29,6 +29,7 @@ from hierfl.wire import digest, rpc, tls
 from hierfl.wire import hierfl_pb2 as pb
 from hierfl.wire.access import AccessInterceptor, current_identity
 from hierfl.wire.convert import key_from_proto, receipt_to_proto
+from hierfl.wire.fetch import model_frames
 from hierfl.wire.transfer import Incoming, read_header
 
 __all__ = ["IntakeHost"]
@@ -150,7 +151,7 @@ class _ClientService:
             return pb.AdmitResponse(receipt=receipt_to_proto(answer))
         return pb.AdmitResponse(retry_after_ms=answer)
 
-    async def Upload(self, frames: AsyncIterator[bytes], context: Any) -> pb.UploadResponse:  # noqa: N802
+    async def Upload(self, frames: rpc.Frames, context: Any) -> pb.UploadResponse:  # noqa: N802
         silence_s = self._desk.settings.silence_s
         first = await rpc.first_frame(frames, silence_s)
         header = read_header(first)
@@ -161,7 +162,7 @@ class _ClientService:
             claim = admitted.claim
             if claim.key != UpdateKey(header.key or claim.key.attempt, _client()):
                 raise RoundClosed("the ticket was given for another update; ask to be admitted with this one")
-            incoming = await self._receive(first, frames, claim, silence_s)
+            incoming = await self._receive(first, frames, claim, header.ticket_bytes)
             # A client that hangs up now does not undo what the Region may have granted already.
             task = asyncio.ensure_future(self._desk.hand_in(claim, incoming))
             self._handing_in.add(task)
@@ -169,13 +170,21 @@ class _ClientService:
             receipt = await asyncio.shield(task)
         return pb.UploadResponse(receipt=receipt_to_proto(receipt))
 
-    async def _receive(self, first: bytes, frames: AsyncIterator[bytes], claim: Claim, silence_s: float) -> Incoming:
-        incoming = Incoming(expect_update(self._desk.plan_of(claim.key.attempt), claim.digest))
+    async def _receive(self, first: bytes, frames: rpc.Frames, claim: Claim, ticket: bytes) -> Incoming:
+        desk = self._desk
+        incoming = Incoming(expect_update(desk.plan_of(claim.key.attempt), claim.digest))
         try:
             incoming.feed(first)
-            await rpc.frames_of(self._counted(frames), incoming, silence_s)
+            await desk.unfinished.receive(
+                claim.key,
+                frames,
+                incoming,
+                self._counted(frames),
+                silence_s=desk.settings.silence_s,
+                hold=lambda: desk.line.hold(ticket),
+            )
         except WireError as error:
-            self._desk.refused(claim.key, error)
+            desk.refused(claim.key, error)
             raise
         return incoming
 
@@ -200,7 +209,7 @@ class _ClientService:
         model = await self._desk.model(ModelHash(request.model_hash))
         if model is None:
             raise NotFound("model", request.model_hash[:64], "this region serves the models of its open rounds")
-        for frame in model.frames:
+        async for frame in model_frames(model.frames, request, context):
             self._desk.bytes_out += len(frame)
             yield frame
 

@@ -35,6 +35,7 @@ from hierfl.types import AttemptKey, ModelHash
 from hierfl.wire import hierfl_pb2 as pb
 from hierfl.wire import rpc, tls
 from hierfl.wire.convert import key_to_proto
+from hierfl.wire.fetch import Fetcher
 from hierfl.wire.transfer import Expect, Incoming
 
 __all__ = ["Uplink", "UplinkEvents"]
@@ -167,9 +168,11 @@ class Uplink:
             HierFLError: What the controller answered, or the model is another.
         """
 
+        fetcher = Fetcher()
+
         async def fetch(stub: rpc.Stub) -> Incoming:
             self._count("FetchModel", 0)
-            return await rpc.fetch_model(stub, model_hash, expect)
+            return await fetcher.fetch(stub, model_hash, expect)
 
         incoming: Incoming = await self._until_answered(fetch)
         return incoming

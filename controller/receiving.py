@@ -20,12 +20,15 @@ from hierfl.receipts import Reason
 from hierfl.records import PartialHead
 from hierfl.types import AttemptKey, RegionId
 from hierfl.wire import rpc
+from hierfl.wire.resume import Unfinished
 from hierfl.wire.transfer import Expect, Incoming, VectorSpec, read_header
 
 __all__ = ["receive_partial", "take_abstention"]
 
 
-async def receive_partial(leader: Leader, region: RegionId, frames: AsyncIterable[bytes]) -> AnswerRow:
+async def receive_partial(
+    leader: Leader, region: RegionId, frames: rpc.Frames, unfinished: Unfinished[tuple[RegionId, AttemptKey]]
+) -> AnswerRow:
     """Receive, check and store one partial; returns its row, which is durable.
 
     Raises:
@@ -47,7 +50,7 @@ async def receive_partial(leader: Leader, region: RegionId, frames: AsyncIterabl
         incoming.feed(first)
     except WireError as error:
         raise (_refusal(leader, key, region, error) if earlier is None else error) from None
-    await rpc.frames_of(stream, incoming)
+    await unfinished.receive((region, key), frames, incoming, stream)
     if earlier is not None:
         return earlier
     return await _take(leader, leader.collecting(key, region), region, incoming)

@@ -26,12 +26,14 @@ from hierfl.job import Job
 from hierfl.layout import Layout
 from hierfl.rounds import Presence
 from hierfl.runs import RunState
-from hierfl.types import Float32Array, ModelHash, RegionId
+from hierfl.types import AttemptKey, Float32Array, ModelHash, RegionId
 from hierfl.wire import hierfl_pb2 as pb
 from hierfl.wire import rpc, tls
 from hierfl.wire.access import AccessInterceptor, current_identity
 from hierfl.wire.convert import key_from_proto, key_to_proto
+from hierfl.wire.fetch import model_frames
 from hierfl.wire.models import layout_of
+from hierfl.wire.resume import Unfinished
 from hierfl.wire.transfer import Expect, Incoming, Outgoing
 
 __all__ = ["make_server"]
@@ -77,7 +79,9 @@ class ModelCache:
 
     def _read(self, name: ModelHash) -> Outgoing:
         layout, vectors = self._leader.blobs.model(name)
-        return Outgoing("model", layout.hash, vectors, meta=layout.to_bytes())
+        outgoing = Outgoing("model", layout.hash, vectors, meta=layout.to_bytes())
+        assert outgoing.digest, "encoded here, on this thread"
+        return outgoing
 
 
 class ControllerService:
@@ -85,6 +89,7 @@ class ControllerService:
 
     def __init__(self, leader: Leader, models: ModelCache) -> None:
         self._leader, self._models = leader, models
+        self._unfinished: Unfinished[tuple[RegionId, AttemptKey]] = Unfinished()
 
     async def Hello(self, request: pb.HelloRequest, _: Context) -> pb.HelloResponse:  # noqa: N802  the RPC's name
         return rpc.answer_hello(request, "the controller")
@@ -120,10 +125,10 @@ class ControllerService:
         take_abstention(self._leader, key_from_proto(request.key), region, request.code)
         return pb.AbstainResponse()
 
-    async def Uplink(self, frames: Frames, context: Context) -> pb.UplinkResponse:  # noqa: N802
+    async def Uplink(self, frames: rpc.Frames, context: Context) -> pb.UplinkResponse:  # noqa: N802
         region, leader, metadata = _region(), self._leader, context.invocation_metadata() or ()
         with observe.remote_parent(metadata), observe.span(observe.SPAN_RECEIVE, region=region) as span:
-            answer = await receive_partial(leader, region, frames)
+            answer = await receive_partial(leader, region, frames, self._unfinished)
             span.set(bytes=answer.size_bytes, run=answer.run, round=answer.round, attempt=answer.attempt)
         head = _ledger_head(metadata)
         return pb.UplinkResponse(
@@ -133,8 +138,11 @@ class ControllerService:
             certificate=leader.kit.certificate_der,
         )
 
-    async def FetchModel(self, request: pb.FetchModelRequest, _: Context) -> AsyncIterator[bytes]:  # noqa: N802
-        async for frame in rpc.outgoing_frames(await self._models.get(request.model_hash)):
+    async def FetchModel(  # noqa: N802
+        self, request: pb.FetchModelRequest, context: Context
+    ) -> AsyncIterator[bytes]:
+        outgoing = await self._models.get(request.model_hash)
+        async for frame in model_frames(outgoing.frames(), request, context):
             yield frame
 
 
@@ -212,8 +220,11 @@ class OperatorService:
             runs=[messages.run_summary(loop.row) for loop in leader.runs.values()],
         )
 
-    async def FetchModel(self, request: pb.FetchModelRequest, _: Context) -> AsyncIterator[bytes]:  # noqa: N802
-        async for frame in rpc.outgoing_frames(await self._models.get(request.model_hash)):
+    async def FetchModel(  # noqa: N802
+        self, request: pb.FetchModelRequest, context: Context
+    ) -> AsyncIterator[bytes]:
+        outgoing = await self._models.get(request.model_hash)
+        async for frame in model_frames(outgoing.frames(), request, context):
             yield frame
 
 

@@ -21,6 +21,7 @@ from hierfl.pki import Identity, Kit, RoleName
 from hierfl.types import Float32Array, ModelHash, RunId
 from hierfl.wire import hierfl_pb2 as pb
 from hierfl.wire import rpc, tls, transfer
+from hierfl.wire.fetch import fetch_model
 from hierfl.wire.status import from_rpc_error
 
 __all__ = ["Operator", "connect"]
@@ -136,7 +137,7 @@ class Operator:
     async def fetch_model(self, model: pb.Model) -> tuple[Layout, dict[str, Float32Array]]:
         """Fetch a model and check it against its own hash: layout and flat float32 vectors."""
         expect = transfer.Expect("model", model.layout_hash, None, MAX_MODEL_BYTES, None)
-        incoming = await rpc.fetch_model(self._stub, model.model_hash, expect, keeps_frames=False)
+        incoming = await fetch_model(self._stub, model.model_hash, expect, keeps_frames=False)
         layout = Layout.from_bytes(incoming.meta)
         vectors = incoming.vectors()
         if model_hash(layout, vectors) != model.model_hash:

@@ -35,6 +35,7 @@ from hierfl.types import AttemptKey, ClientRef
 from hierfl.wire import hierfl_pb2 as pb
 from hierfl.wire import rpc, transfer
 from hierfl.wire.convert import key_to_proto, receipt_from_proto
+from hierfl.wire.fetch import Fetcher
 
 __all__ = ["Link", "Waits", "checked", "probe"]
 
@@ -118,11 +119,11 @@ class Link:
             raise Unreachable("there is no connection to the combiner now")
         return self._stub
 
-    async def fetch_model(self, model_hash: str, expect: transfer.Expect) -> transfer.Incoming:
-        """A model, checked against its hash."""
+    async def fetch_model(self, model_hash: str, expect: transfer.Expect, fetcher: Fetcher) -> transfer.Incoming:
+        """A model, checked against its hash. ``fetcher`` has what came of it before the connection broke."""
         stub = self._ready()
         with _errors_of(stub):
-            return await rpc.fetch_model(stub, model_hash, expect, keeps_frames=False)
+            return await fetcher.fetch(stub, model_hash, expect)
 
     async def admit(
         self, key: AttemptKey, outgoing: transfer.Outgoing, weight: int, signature: bytes

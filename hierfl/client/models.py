@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from hierfl.layout import Layout
 from hierfl.plan import Plan
 from hierfl.types import Float32Array, ModelHash
 from hierfl.wire import transfer
+from hierfl.wire.fetch import Fetcher
 from hierfl.wire.models import layout_of
 
 __all__ = ["FetchedModel", "ModelCache", "OwnModels"]
@@ -41,6 +43,14 @@ class ModelCache:
     def __init__(self) -> None:
         self._models: dict[ModelHash, FetchedModel] = {}
         self._locks: dict[ModelHash, asyncio.Lock] = {}
+        self._fetchers: WeakValueDictionary[ModelHash, Fetcher] = WeakValueDictionary()
+
+    def fetcher(self, model_hash: ModelHash) -> Fetcher:
+        """What has come of a model so far: one for all who want it, for as long as one of them holds it."""
+        fetcher = self._fetchers.get(model_hash)
+        if fetcher is None:
+            fetcher = self._fetchers[model_hash] = Fetcher(keeps_frames=False)
+        return fetcher
 
     async def get(
         self, plan: Plan, fetch: Callable[[str, transfer.Expect], Awaitable[transfer.Incoming]]

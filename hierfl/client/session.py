@@ -13,6 +13,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -349,9 +350,10 @@ class Session:
 
     async def _fetch(self, plan: Plan) -> FetchedModel:
         with observe.span(observe.SPAN_MODEL_FETCH, run=plan.run, round=plan.round, site=self.client.site):
+            fetch = partial(self.link.fetch_model, fetcher=self.site.models.fetcher(plan.base.model_hash))
             try:
                 model = await self.courier.patiently(
-                    lambda: self.site.models.get(plan, self.link.fetch_model), f"{round_of(plan.key)}: no model yet"
+                    lambda: self.site.models.get(plan, fetch), f"{round_of(plan.key)}: no model yet"
                 )
                 check_groups(plan, model.layout)
             except NotFound as error:  # a combiner has the models of its open rounds

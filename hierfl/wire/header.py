@@ -32,6 +32,7 @@ __all__ = [
     "continues",
     "header_frames",
     "join_header",
+    "read_descriptor",
     "read_header",
     "read_trailer",
 ]
@@ -185,6 +186,17 @@ def read_header(header: bytes) -> Header:
     if read.key is not None:
         check_key(read.key)
     return read
+
+
+def read_descriptor(text: str) -> Descriptor:
+    """Read a header's descriptor: what its sender claims, checked for agreement with itself.
+
+    Raises:
+        WireError: It is none, or see ``check_descriptor``.
+    """
+    descriptor = documents.decode(text.encode(), Descriptor, "transfer descriptor")
+    check_descriptor(descriptor)
+    return descriptor
 
 
 def read_trailer(frame: bytes) -> Trailer:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import grpc
@@ -21,18 +22,19 @@ from hierfl.errors import HierFLError, TransferIncomplete
 from hierfl.types import AttemptKey
 from hierfl.wire import hierfl_pb2 as pb
 from hierfl.wire.header import MAX_HEADER_BYTES, continues, join_header
-from hierfl.wire.models import check_model
 from hierfl.wire.status import from_rpc_error
-from hierfl.wire.transfer import Expect, Incoming, Outgoing
+from hierfl.wire.transfer import Incoming, Outgoing
 from hierfl.wire.versions import PROTOCOL_VERSIONS, negotiate
 
 __all__ = [
+    "FROM_CHUNK",
     "SILENCE_S",
     "Call",
+    "Frames",
     "Stub",
     "add_service",
     "answer_hello",
-    "fetch_model",
+    "chunks_there",
     "first_frame",
     "frames_of",
     "hello",
@@ -53,6 +55,12 @@ SILENCE_S = 30.0
 
 GO_ON = ("hierfl-transfer", "go-on")
 """Initial metadata by which a server accepts a transfer's header."""
+
+RESUME = "hierfl-transfer-resume"
+"""Metadata by which a sender says that it can go on with a cut transfer; its value is the transfer's digest."""
+
+FROM_CHUNK = "hierfl-transfer-from"
+"""Initial metadata: so many chunks are there already, from the first on, and do not come again."""
 
 DRAIN_S = 5.0
 """Longest time that a server reads on after a transfer has turned out wrong."""
@@ -114,7 +122,7 @@ def _handler(method: MethodDescriptor, behaviour: Callable[..., Any]) -> Any:
 
 def _taking_frames(behaviour: Callable[..., Any]) -> Callable[..., Any]:
     async def answer(frames: AsyncIterable[bytes], context: grpc.aio.ServicerContext) -> Any:
-        taken = _Frames(frames, context)
+        taken = Frames(frames, context)
         try:
             return await behaviour(taken, context)
         except HierFLError:
@@ -124,7 +132,7 @@ def _taking_frames(behaviour: Callable[..., Any]) -> Callable[..., Any]:
     return answer
 
 
-class _Frames:
+class Frames:
     """The frames of a call. A handler that asks for one after the header accepts it: the caller is told to go on.
 
     A caller waits for that word (``GO_ON``) before it sends a chunk. So what is refused by its header costs no
@@ -135,14 +143,26 @@ class _Frames:
     def __init__(self, frames: AsyncIterable[bytes], context: grpc.aio.ServicerContext) -> None:
         self._frames, self._context = frames, context
         self._has_header = self._accepted = False
+        self._num_there = 0
 
-    def __aiter__(self) -> _Frames:
+    @property
+    def resumes(self) -> str:
+        """Digest of the transfer that the caller can go on with; empty where it starts anew whatever happens."""
+        found = next((value for key, value in self._context.invocation_metadata() or () if key == RESUME), "")
+        return found if isinstance(found, str) else ""
+
+    def go_on_from(self, num_chunks: int) -> None:
+        """Let the caller skip so many chunks; said together with the word to go on."""
+        self._num_there = num_chunks
+
+    def __aiter__(self) -> Frames:
         return self
 
     async def __anext__(self) -> bytes:
         if self._has_header and not self._accepted:
             self._accepted = True
-            await self._context.send_initial_metadata((GO_ON,))
+            there = ((FROM_CHUNK, str(self._num_there)),) if self._num_there else ()
+            await self._context.send_initial_metadata((GO_ON, *there))
         frame = await anext(aiter(self._frames))  # grpc.aio's is one iterator, however often it is asked for
         self._has_header = self._has_header or not continues(frame)
         return frame
@@ -304,63 +324,51 @@ async def hello(stub: Stub, who: str, address: str) -> int:
     return negotiate(PROTOCOL_VERSIONS, [response.version], our_name="this program", their_name=f"{who} at {address}")
 
 
-async def fetch_model(
-    stub: Stub, model_hash: str, expect: Expect, silence_s: float = SILENCE_S, *, keeps_frames: bool = True
-) -> Incoming:
-    """Fetch a model by its hash, and check that it is this one.
-
-    Args:
-        stub: Of a service with ``FetchModel``.
-        model_hash: 64 hex digits.
-        expect: What to take; kind "model".
-        silence_s: Longest wait for the next frame.
-        keeps_frames: Whether to keep them, to pass the model on (``Incoming``).
-    Raises:
-        WireError: What came does not fit, or is another model.
-        HierFLError: What ``from_rpc_error`` makes of a call that failed.
-    """
-    incoming = Incoming(expect, keeps_frames=keeps_frames)
-    call = stub.FetchModel(pb.FetchModelRequest(model_hash=model_hash))
-    try:
-        await frames_of(call, incoming, silence_s)
-    except grpc.RpcError as error:
-        raise stub.error(error) from None
-    finally:
-        call.cancel()  # harmless once it has ended
-    await asyncio.to_thread(check_model, incoming, model_hash)
-    return incoming
+def chunks_there(metadata: Iterable[tuple[str, str | bytes]]) -> int:
+    """How many chunks a server's initial metadata say are there already."""
+    found = next((value for key, value in metadata if key == FROM_CHUNK), "")
+    return int(found) if isinstance(found, str) and len(found) < 16 and found.isdecimal() else 0
 
 
 async def upload_frames(
     call: Call, outgoing: Outgoing, key: AttemptKey | None = None, ticket: bytes = b"", metadata: Metadata = ()
 ) -> Any:
-    """Send a transfer through an RPC that takes a stream of frames; returns its response.
+    """Send a transfer through an RPC that takes a stream of frames; returns its response. What the server still has
+    of the same transfer, because it was cut before, is not sent again.
 
     Raises:
         HierFLError: What ``from_rpc_error`` makes of a call that failed.
     """
-    await asyncio.to_thread(_encode, outgoing)
+    digest = await asyncio.to_thread(_encode, outgoing)
     try:
-        return await send_frames(call, outgoing.frames(key, ticket), metadata)
+        return await send_frames(call, outgoing.frames(key, ticket), ((RESUME, digest), *metadata))
     except grpc.RpcError as error:
         raise call.error(error) from None
 
 
+def _skip(frames: Iterator[bytes], count: int) -> None:
+    """Pass over so many; each may be made only now."""
+    next(islice(frames, count, count), None)
+
+
 async def send_frames(call: Call, frames: Iterable[bytes], metadata: Metadata = ()) -> Any:
-    """Send frames, header first; the rest once the server has accepted the header. Returns the response.
+    """Send frames, header first; the rest once the server has accepted the header, without the chunks that it says
+    are there already. Returns the response.
 
     Raises:
         grpc.RpcError: The call failed.
     """
     sending = call(metadata=metadata)
-    has_header = False
+    has_header, rest = False, iter(frames)
     try:
-        for frame in frames:
+        for frame in rest:
             await sending.write(frame)
             if not has_header and not continues(frame):
-                has_header = True
-                if GO_ON not in tuple(await sending.initial_metadata()):
+                has_header, told = True, tuple(await sending.initial_metadata())
+                if GO_ON not in told:
                     return await sending
+                if there := chunks_there(told):
+                    await asyncio.to_thread(_skip, rest, there)
         await sending.done_writing()
     except asyncio.InvalidStateError:
         pass  # it has ended already: its status, or even its response, says how

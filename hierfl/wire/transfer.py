@@ -37,6 +37,7 @@ from hierfl.wire.header import (
     continues,
     header_frames,
     join_header,
+    read_descriptor,
     read_header,
     read_trailer,
 )
@@ -166,7 +167,8 @@ class Incoming:
         self._lengths: Iterator[tuple[VectorSpec, int]] = iter(())
         self._next: tuple[VectorSpec, int] | None = None
         self._digests: list[bytes] = []
-        self._num_taken = 0
+        self.num_taken = 0
+        """Chunks that are here, each checked."""
         self.frames: list[bytes] = []
         """The chunk frames as they came, where they are kept."""
         self.chunks: dict[str, list[np.ndarray]] = {}
@@ -191,6 +193,27 @@ class Incoming:
         else:
             raise WireError("transfer: a frame came after the trailer")
 
+    def go_on_from(self, earlier: Incoming) -> int:
+        """Take the chunks of a cut transfer as this one's own, if it is the same one; this has its header only, yet.
+
+        The same: its descriptor's text and what was expected of it. ``earlier`` is not fed any more, and not changed.
+        Returns the number of chunks that are here: those need not come again.
+        """
+        if earlier._header is None or earlier.header.descriptor != self.header.descriptor:
+            return 0
+        if (earlier._expect, earlier._keeps_frames) != (self._expect, self._keeps_frames) or self.num_taken:
+            return 0
+        values = {name: iter(chunks) for name, chunks in earlier.chunks.items()}
+        for chunk_digest in earlier._digests[: earlier.num_taken]:
+            assert self._next is not None, "as many chunks as the descriptor says, at most"
+            name = self._next[0].name
+            self._digests.append(chunk_digest)
+            self.chunks[name].append(next(values[name]))
+            self.num_taken += 1
+            self._next = next(self._lengths, None)
+        self.frames, self._whole = earlier.frames[: self.num_taken], earlier._whole
+        return self.num_taken
+
     @property
     def complete(self) -> bool:
         """Whether header, all chunks and trailer are there; ``close`` says whether they are right."""
@@ -204,7 +227,7 @@ class Incoming:
             DigestMismatch: Its values do not have the digest that the trailer names, or that was expected.
         """
         if self._trailer is None:
-            raise TransferIncomplete(f"transfer: ended after {self._num_taken} of {self._num_chunks} chunks")
+            raise TransferIncomplete(f"transfer: ended after {self.num_taken} of {self._num_chunks} chunks")
         for wanted, who in ((self._trailer.digest, "its trailer names"), (self._expect.digest, "was expected")):
             if wanted is not None and wanted != self.digest:
                 raise DigestMismatch(f"transfer: has digest {self.digest}, {who} {wanted}; send it again")
@@ -246,8 +269,7 @@ class Incoming:
 
     def _take_header(self, head: bytes) -> None:
         header, self._head = read_header(head), b""
-        descriptor = documents.decode(header.descriptor.encode(), Descriptor, "transfer descriptor")
-        check_descriptor(descriptor)
+        descriptor = read_descriptor(header.descriptor)
         check_expected(descriptor, self._expect)
         self._header, self._descriptor = header, descriptor
         self.chunks = {spec.name: [] for spec in descriptor.vectors}
@@ -260,7 +282,7 @@ class Incoming:
 
     def _take_chunk(self, frame: bytes, spec: VectorSpec, length: int) -> None:
         if frame.startswith(b"{"):
-            raise TransferIncomplete(f"transfer: ended after {self._num_taken} of {self._num_chunks} chunks")
+            raise TransferIncomplete(f"transfer: ended after {self.num_taken} of {self._num_chunks} chunks")
         values = arrow.decode_chunk(frame, spec.dtype, length)
         self._digests.append(_digest_of(self.descriptor.digest_alg, values))
         if self._keeps_frames:
@@ -268,7 +290,7 @@ class Incoming:
         else:
             values = self._placed(spec, values)
         self.chunks[spec.name].append(values)
-        self._num_taken += 1
+        self.num_taken += 1
         self._next = next(self._lengths, None)
 
     def _placed(self, spec: VectorSpec, values: np.ndarray) -> np.ndarray:

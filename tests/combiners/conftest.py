@@ -14,12 +14,13 @@ import grpc
 import numpy as np
 import pytest
 
+from combiners.desk import IntakeSettings
 from combiners.host import RegionSettings
 from combiners.local import LocalCombiner
 from hierfl import documents, provision
 from hierfl.aggregation import ColumnGroup, GroupKind, PartialAggregate, Weighting
 from hierfl.border import LEDGER_HEAD_METADATA, head_statement
-from hierfl.errors import Unreachable
+from hierfl.errors import TransferIncomplete, Unreachable
 from hierfl.identity import Identity, RoleName
 from hierfl.layout import Layout, model_hash
 from hierfl.metrics import MetricSpec
@@ -411,7 +412,10 @@ class Client:
                 case "receipt":
                     return admitted.receipt
                 case "ticket":
-                    response = await rpc.upload_frames(self.stub.Upload, outgoing, plan.key, admitted.ticket)
+                    try:
+                        response = await rpc.upload_frames(self.stub.Upload, outgoing, plan.key, admitted.ticket)
+                    except TransferIncomplete:  # another stream of the same update has taken over
+                        continue
                     return response.receipt
             await asyncio.sleep(admitted.retry_after_ms / 1000)
 
@@ -477,7 +481,9 @@ def start_combiner(
     """``async with start_combiner(intakes=2) as combiner``; the same directory each time."""
 
     @asynccontextmanager
-    async def start(intakes: int = 1, **changes: Any) -> AsyncIterator[LocalCombiner]:
+    async def start(
+        intakes: int = 1, intake: IntakeSettings | None = None, **changes: Any
+    ) -> AsyncIterator[LocalCombiner]:
         directory = tmp_path / "zone"
         made = LocalCombiner(
             combiner_kit,
@@ -485,6 +491,7 @@ def start_combiner(
             controller.address,
             intakes=intakes,
             region=replace(settings, **changes),
+            intake=intake,
         )
         async with made as combiner:
             await controller.attached()

@@ -94,6 +94,63 @@ async def test_who_leaves_when_the_turn_has_just_come_gives_it_on():
     await third
 
 
+async def test_a_place_that_is_held_is_come_back_to_past_the_line_and_freed_by_the_last():
+    made = line(max_uploads=1)
+    ticket = await made.enter(admitted(0))
+    with made.upload(ticket):
+        let_go = made.hold(ticket)
+    other = await waiting(made, 1)
+    assert not other.done(), "the place is still taken"
+    assert made.has_place(admitted(0))
+    assert not made.has_place(admitted(1))
+    assert not made.has_place(admitted(0, length_bytes=11)), "that is another update"
+    with made.upload(await made.enter(admitted(0))):
+        let_go()
+        assert not other.done()
+        assert not made.has_place(admitted(0))
+    await other
+
+
+async def test_who_comes_back_twice_has_the_newer_ticket_only():
+    made = line(max_uploads=1)
+    ticket = await made.enter(admitted(0))
+    with made.upload(ticket):
+        let_go = made.hold(ticket)
+    first, second = await made.enter(admitted(0)), await made.enter(admitted(0))
+    with pytest.raises(RoundClosed), made.upload(first):
+        pass
+    with made.upload(second):
+        let_go()
+    await made.enter(admitted(1))
+
+
+async def test_a_place_that_nobody_comes_back_to_is_free_when_it_is_let_go():
+    made = line(max_uploads=1)
+    ticket = await made.enter(admitted(0))
+    with made.upload(ticket):
+        let_go = made.hold(ticket)
+    other = await waiting(made, 1)
+    let_go()
+    await other
+
+
+async def test_a_place_held_by_two_streams_is_come_back_to_until_both_let_go():
+    made = line(max_uploads=1)
+    ticket = await made.enter(admitted(0))
+    with made.upload(ticket):
+        let_go = made.hold(ticket)
+        again = await made.enter(admitted(0))
+        with made.upload(again):
+            let_go_again = made.hold(again)
+            let_go()
+            assert made.has_place(admitted(0))
+    other = await waiting(made, 1)
+    assert not other.done()
+    let_go_again()
+    assert not made.has_place(admitted(0))
+    await other
+
+
 async def test_a_line_that_is_too_long_says_so():
     made = line(max_uploads=1)
     await made.enter(admitted(0))

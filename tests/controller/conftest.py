@@ -31,6 +31,7 @@ from hierfl.types import RegionId, RunId
 from hierfl.wire import hierfl_pb2 as pb
 from hierfl.wire import rpc, tls
 from hierfl.wire.convert import key_from_proto
+from hierfl.wire.fetch import fetch_model
 from hierfl.wire.transfer import Expect, Outgoing
 
 LAYOUT = Layout.of({"w": np.zeros(3, np.float32)})
@@ -197,7 +198,7 @@ class Region:
 
     async def model(self, model_hash: str) -> np.ndarray:
         """Fetch a model, checked against its hash; its train vector."""
-        incoming = await rpc.fetch_model(self.stub, model_hash, Expect("model", LAYOUT.hash, None, 2**20))
+        incoming = await fetch_model(self.stub, model_hash, Expect("model", LAYOUT.hash, None, 2**20))
         return incoming.vectors()["train"]
 
     async def close(self) -> None:

@@ -18,6 +18,7 @@ from hierfl.errors import (
     RegionRejected,
     RoundClosed,
     StaleEpoch,
+    TransferIncomplete,
     ValueOutOfRange,
 )
 from hierfl.layout import Layout
@@ -25,6 +26,7 @@ from hierfl.operator import connect
 from hierfl.pki import verify
 from hierfl.records import COMMIT_CONTEXT, CommitRecord
 from hierfl.wire import hierfl_pb2 as pb
+from hierfl.wire import rpc
 from hierfl.wire.transfer import Outgoing
 
 
@@ -177,6 +179,33 @@ async def test_the_same_partial_gets_the_same_answer_again_and_another_is_refuse
     assert (await eu.uplink(plan, outgoing)).digest == first.digest  # however late
     with pytest.raises(DigestMismatch):
         await eu.uplink(plan, other)
+
+
+async def test_a_partial_that_ended_early_goes_on_where_it_broke_off_and_counts_once(running, job):
+    operator = await running.operator()
+    eu, us = [await running.region(name) for name in ("eu", "us")]
+    run = await running.submit(operator, job())
+    _, plan = await eu.plan()
+    outgoing = eu.partial(plan)
+    header, chunk, _ = outgoing.frames(plan.key)
+    there = []
+    for frames in ([header, chunk], [header]):
+        call = eu.stub.Uplink(metadata=((rpc.RESUME, outgoing.digest),))
+        await call.write(frames[0])
+        there.append(rpc.chunks_there(tuple(await call.initial_metadata())))
+        for frame in frames[1:]:
+            await call.write(frame)
+        await call.done_writing()
+        with pytest.raises(grpc.RpcError) as caught:
+            await call
+        assert isinstance(eu.stub.error(caught.value), TransferIncomplete)
+    assert there == [0, 1]
+    await eu.uplink(plan, outgoing)
+    await us.answer()
+    assert (await ended(operator, run))[-1].summary.state == "finished"
+    told = await operator.run(run)
+    assert [share.region for share in told.rounds[0].regions] == ["eu", "us"]
+    assert told.rounds[0].num_updates == 4
 
 
 @pytest.mark.parametrize(

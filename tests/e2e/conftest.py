@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
-from federations import InProcess, noisy_app
+from federations import InProcess, directly, noisy_app
 
 from combiners.settings import RegionSettings
 from hierfl.client.app import App
@@ -25,9 +25,10 @@ def federate(tmp_path: Path):
         intakes: int = 1,
         app: App | None = None,
         settings: RegionSettings | None = None,
+        between: Callable[[str, str], Awaitable[str]] = directly,
     ) -> AsyncIterator[InProcess]:
         directory = tmp_path / f"federation-{next(count)}"
-        federation = InProcess(directory, regions, intakes, app or noisy_app(), settings or RegionSettings())
+        federation = InProcess(directory, regions, intakes, app or noisy_app(), settings or RegionSettings(), between)
         federation.provision()
         async with AsyncExitStack() as stack:
             await federation.start_controller(stack)

@@ -9,7 +9,7 @@ import asyncio
 import os
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -67,14 +67,29 @@ def noisy_app(
     return App(name="noisy", init=init, train=train, evaluate=evaluate)
 
 
+async def directly(name: str, address: str) -> str:
+    """Nothing stands between a server and who dials it."""
+    del name
+    return address
+
+
 class InProcess:
-    """A running federation. ``regions`` maps a region to the names of its sites."""
+    """A running federation. ``regions`` maps a region to the names of its sites; ``between`` gives the address at
+    which the server of a region, or ``"controller"``, is dialled."""
 
     def __init__(
-        self, directory: Path, regions: Mapping[str, list[str]], intakes: int, app: App, settings: RegionSettings
+        self,
+        directory: Path,
+        regions: Mapping[str, list[str]],
+        intakes: int,
+        app: App,
+        settings: RegionSettings,
+        between: Callable[[str, str], Awaitable[str]] = directly,
     ) -> None:
         self.directory, self.regions, self.intakes, self.app = directory, regions, intakes, app
         self.settings = settings
+        self._between = between
+        self._dialled: dict[str, tuple[str, ...]] = {}
         self.combiners: dict[str, LocalCombiner] = {}
         self.said: list[str] = []
         self._spoken = asyncio.Event()
@@ -114,12 +129,13 @@ class InProcess:
         combiner = LocalCombiner(
             Kit.load(self.kit("regions", region, "combiner")),
             self.directory / "regions" / region,
-            self.controller.address,
+            await self._between("controller", self.controller.address),
             intakes=self.intakes,
             listen=listen,
             region=replace(self.settings, policy=policy),
         )
         self.combiners[region] = await combiner.__aenter__()
+        self._dialled[region] = tuple([await self._between(region, each) for each in combiner.addresses])
 
     async def restart_combiner(self, region: str) -> None:
         """End a combiner as a crash would; start another on its directory and its address."""
@@ -128,7 +144,7 @@ class InProcess:
         await self._open_combiner(region, address)
 
     def start_clients(self, region: str) -> None:
-        addresses = self.combiners[region].addresses
+        addresses = self._dialled[region]
         for site in self.regions[region]:
             provision.set_addresses(self.kit("sites", region, site, "client-00"), addresses)
         kits = [Kit.load(self.kit("sites", region, site, "client-00")) for site in self.regions[region]]

@@ -30,6 +30,7 @@ from hierfl.wire import hierfl_pb2 as pb
 from hierfl.wire import rpc, tls, transfer
 from hierfl.wire.access import AccessInterceptor, current_identity
 from hierfl.wire.convert import check_key, key_from_proto, key_to_proto, receipt_from_proto, receipt_to_proto
+from hierfl.wire.fetch import fetch_model
 from hierfl.wire.models import hash_of
 from hierfl.wire.transfer import Expect, Incoming, Outgoing
 from hierfl.wire.versions import negotiate
@@ -210,7 +211,7 @@ async def test_a_unary_call_ends_at_its_deadline():
 async def test_a_model_is_fetched_and_is_the_one_asked_for():
     combiner = Combiner()
     async with serving(combiner) as stub:
-        got = await rpc.fetch_model(stub, combiner.model_hash, expecting_model(combiner))
+        got = await fetch_model(stub, combiner.model_hash, expecting_model(combiner))
     assert hash_of(got) == combiner.model_hash
     assert Layout.from_bytes(got.meta) == combiner.layout
     assert got.vectors()["train"].tobytes() == model()[1]["train"].tobytes()
@@ -219,7 +220,7 @@ async def test_a_model_is_fetched_and_is_the_one_asked_for():
 async def test_many_clients_are_sent_the_same_encoded_copy():
     combiner = Combiner()
     async with serving(combiner) as stub:
-        fetches = [rpc.fetch_model(stub, combiner.model_hash, expecting_model(combiner)) for _ in range(5)]
+        fetches = [fetch_model(stub, combiner.model_hash, expecting_model(combiner)) for _ in range(5)]
         digests = {got.digest for got in await asyncio.gather(*fetches)}
     assert digests == {combiner.model.digest}
 
@@ -228,7 +229,7 @@ async def test_another_model_than_asked_for_is_refused():
     combiner = Combiner()
     async with serving(combiner) as stub:
         with pytest.raises(DigestMismatch, match="was asked for"):
-            await rpc.fetch_model(stub, "1" * 64, expecting_model(combiner))
+            await fetch_model(stub, "1" * 64, expecting_model(combiner))
 
 
 async def test_a_model_that_contradicts_its_layout_is_refused():
@@ -237,17 +238,17 @@ async def test_a_model_that_contradicts_its_layout_is_refused():
     async with serving(combiner) as stub:
         combiner.model = Outgoing("model", "ab" * 32, vectors, meta=layout.to_bytes())
         with pytest.raises(LayoutMismatch, match="header says"):
-            await rpc.fetch_model(stub, "1" * 64, Expect("model", None, None, 2**30))
+            await fetch_model(stub, "1" * 64, Expect("model", None, None, 2**30))
         combiner.model = Outgoing("model", layout.hash, {"train": vectors["train"][:5]}, meta=layout.to_bytes())
         with pytest.raises(LayoutMismatch, match="vectors"):
-            await rpc.fetch_model(stub, "1" * 64, Expect("model", None, None, 2**30))
+            await fetch_model(stub, "1" * 64, Expect("model", None, None, 2**30))
 
 
 async def test_a_model_that_is_not_there_says_so():
     combiner = Combiner()
     async with serving(combiner) as stub:
         with pytest.raises(NotFound, match="no model '000000000000'"):
-            await rpc.fetch_model(stub, "0" * 64, expecting_model(combiner))
+            await fetch_model(stub, "0" * 64, expecting_model(combiner))
 
 
 async def test_a_layout_above_one_message_travels_in_parts():
@@ -259,7 +260,7 @@ async def test_a_layout_above_one_message_travels_in_parts():
     combiner.model = Outgoing("model", combiner.layout.hash, vectors, meta=combiner.layout.to_bytes())
     assert len(combiner.layout.to_bytes()) > tls.MAX_MESSAGE_BYTES
     async with serving(combiner) as stub:
-        got = await rpc.fetch_model(stub, combiner.model_hash, expecting_model(combiner))
+        got = await fetch_model(stub, combiner.model_hash, expecting_model(combiner))
     assert Layout.from_bytes(got.meta) == combiner.layout
 
 

@@ -1,0 +1,64 @@
+"""Links that break in the middle of a transfer: it goes on where it broke off, and the model's bits are the same."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import pytest
+from federations import job, noisy_app
+from proxies import Proxy, proxy_to
+
+from hierfl.wire import hierfl_pb2 as pb
+
+NUM_VALUES = 4_000_000
+SIZE_BYTES = 4 * NUM_VALUES
+REGION, SITES = "eu", ["site-00", "site-01"]
+OVERHEAD = 0.02
+"""Framing, TLS, and all that is said beside transfers."""
+
+
+@pytest.fixture
+def run_through(federate) -> Callable:
+    """``async with run_through(cuts) as (run, proxies)``: one round, every hop through a proxy of its own."""
+
+    @asynccontextmanager
+    async def start(cuts: dict[str, dict[str, list[int]]]) -> AsyncIterator[tuple[pb.GetRunResponse, dict[str, Proxy]]]:
+        proxies: dict[str, Proxy] = {}
+        async with AsyncExitStack() as stack:
+
+            async def between(name: str, address: str) -> str:
+                proxies[name] = await stack.enter_async_context(proxy_to(address, **cuts.get(name, {})))
+                return proxies[name].address
+
+            app = noisy_app(num_values=NUM_VALUES)
+            async with federate({REGION: SITES}, app=app, between=between) as federation:
+                run = await federation.train(job(rounds=1, min_clients=2, evaluate_every=0))
+                yield run, proxies
+
+    return start
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("hop", ["download of a client", "upload of a client", "download of a region", "uplink"])
+async def test_a_cut_transfer_goes_on_where_it_broke_off_and_the_model_has_the_same_bits(hop, run_through):
+    server, way = {
+        "download of a client": (REGION, "down"),
+        "upload of a client": (REGION, "up"),
+        "download of a region": ("controller", "down"),
+        "uplink": ("controller", "up"),
+    }[hop]
+    async with run_through({}) as (uncut, proxies):
+        assert uncut.summary.state == "finished", uncut.summary.reason
+        passed = proxies[server].bytes[way]
+    num_streams = len(SITES) if hop == "upload of a client" else 1  # clients of one process share what they fetch
+    size = passed / num_streams
+    assert size > 0.9 * SIZE_BYTES
+    for fraction in (0.25, 0.5, 0.99):
+        async with run_through({server: {f"cut_{way}": [int(fraction * size)]}}) as (run, proxies):
+            assert run.summary.state == "finished", run.summary.reason
+            assert proxies[server].num_cut == 1
+            again = proxies[server].bytes[way] - passed
+        assert [item.model_hash for item in run.rounds] == [item.model_hash for item in uncut.rounds]
+        assert [item.num_updates for item in run.rounds] == [len(SITES)]
+        assert again < (0.3 - OVERHEAD) * size, f"cut at {fraction}"
