@@ -18,6 +18,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import ray
 from ray.exceptions import RayActorError
 
@@ -118,8 +119,10 @@ class RegionActor:
     async def tick(self, incarnation: str, tick: Tick) -> TickReply:
         return await self._loop.run(self._host.tick(incarnation, tick))
 
-    async def model(self, model_hash: ModelHash) -> Model | None:
-        return await self._loop.run(self._host.model(model_hash))
+    async def model(self, model_hash: ModelHash) -> list[np.ndarray] | None:
+        """The frames as arrays of bytes: those Ray carries beside its pickle, copied in and out once each."""
+        model = await self._loop.run(self._host.model(model_hash))
+        return None if model is None else [np.frombuffer(frame, np.uint8) for frame in model.frames]
 
     async def clients(self) -> tuple[ClientView, ...]:
         return await self._loop.run(self._host.clients())
@@ -247,8 +250,10 @@ class _RegionOverRay:
         return reply
 
     async def model(self, model_hash: ModelHash) -> Model | None:
-        model: Model | None = await _answer(self._handle.model.remote(model_hash))
-        return model
+        frames: list[np.ndarray] | None = await _answer(self._handle.model.remote(model_hash))
+        if frames is None:
+            return None
+        return await asyncio.to_thread(lambda: Model(model_hash=model_hash, frames=tuple(f.tobytes() for f in frames)))
 
     async def clients(self) -> tuple[ClientView, ...]:
         clients: tuple[ClientView, ...] = await _answer(self._handle.clients.remote())

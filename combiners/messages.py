@@ -6,10 +6,9 @@ side knows of the other.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
-from pickle import PickleBuffer
 from typing import Protocol
 
 from hierfl.aggregation import PartialAggregate
@@ -163,14 +162,6 @@ class Model:
 
     model_hash: ModelHash
     frames: tuple[bytes, ...]
-
-    def __reduce__(self) -> tuple[object, ...]:
-        """Between actors the frames go beside the pickle, through Ray's object store: copied in and out, once each."""
-        return _model_of, (self.model_hash, [PickleBuffer(frame) for frame in self.frames])
-
-
-def _model_of(model_hash: ModelHash, frames: Sequence[PickleBuffer]) -> Model:
-    return Model(model_hash=model_hash, frames=tuple(map(bytes, frames)))
 
 
 @dataclass(frozen=True, kw_only=True)
