@@ -91,7 +91,7 @@ async def test_a_cut_update_goes_on_and_is_counted_once(start_combiner, controll
 
 
 async def test_who_comes_back_gets_in_past_a_full_line_on_the_place_it_had(start_combiner, ready, plan):
-    settings = IntakeSettings(max_uploads=1, max_following=3)
+    settings = IntakeSettings(max_uploads=1, max_following=3, ticket_s=0.5)  # the third's ticket is not used
     async with start_combiner(intake=settings) as combiner:
         clients = await ready(combiner)
         await Cut(clients[0], plan).cut(combiner)
