@@ -51,6 +51,8 @@ RETRY_S = 0.5
 """A claim that has to wait for a seal is made again after so long, if nothing was heard."""
 RETRY_AFTER_MS = 500
 MODELS_KEPT = 2
+INLINE_BYTES = 65_536
+"""A smaller update is checked on the event loop: handing it to a thread would cost more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,7 +256,10 @@ class Desk:
         loop = asyncio.get_running_loop()
         try:
             with observe.span(observe.SPAN_CHECK, run=key.run, round=key.round, attempt=key.attempt):
-                head = await loop.run_in_executor(self._pool, check_update, incoming, plan, claim.weight)
+                if incoming.descriptor.length_bytes < INLINE_BYTES:
+                    head = check_update(incoming, plan, claim.weight)
+                else:
+                    head = await loop.run_in_executor(self._pool, check_update, incoming, plan, claim.weight)
         except WireError as error:
             self.refused(claim.key, error)
             raise

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import grpc
@@ -145,11 +145,28 @@ class _ClientService:
         verify(_leaf(context), request.signature, statement, UPDATE_CONTEXT)
         claim = Claim(key=key, digest=request.digest, weight=request.weight, signature=request.signature)
         answer = await self._desk.admit(claim, request.length_bytes)
+        if isinstance(answer, bytes) and request.update:
+            answer = await self._take_whole(request.update, answer, context)
         if isinstance(answer, bytes):
             return pb.AdmitResponse(ticket=answer)
         if isinstance(answer, Receipt):
             return pb.AdmitResponse(receipt=receipt_to_proto(answer))
         return pb.AdmitResponse(retry_after_ms=answer)
+
+    async def _take_whole(self, frames: Sequence[bytes], ticket: bytes, context: Any) -> Receipt:
+        """An update that came with its request: it uses the ticket that it would have got."""
+        with observe.remote_parent(context.invocation_metadata()), self._desk.line.upload(ticket) as admitted:
+            claim = admitted.claim
+            incoming = Incoming(expect_update(self._desk.plan_of(claim.key.attempt), claim.digest))
+            try:
+                for frame in frames:
+                    self._desk.bytes_in += len(frame)
+                    incoming.feed(frame)
+                incoming.close()
+            except WireError as error:
+                self._desk.refused(claim.key, error)
+                raise
+            return await self._hand_in(claim, incoming)
 
     async def Upload(self, frames: rpc.Frames, context: Any) -> pb.UploadResponse:  # noqa: N802
         silence_s = self._desk.settings.silence_s
@@ -163,12 +180,15 @@ class _ClientService:
             if claim.key != UpdateKey(header.key or claim.key.attempt, _client()):
                 raise RoundClosed("the ticket was given for another update; ask to be admitted with this one")
             incoming = await self._receive(first, frames, claim, header.ticket_bytes)
-            # A client that hangs up now does not undo what the Region may have granted already.
-            task = asyncio.ensure_future(self._desk.hand_in(claim, incoming))
-            self._handing_in.add(task)
-            task.add_done_callback(self._handing_in.discard)
-            receipt = await asyncio.shield(task)
+            receipt = await self._hand_in(claim, incoming)
         return pb.UploadResponse(receipt=receipt_to_proto(receipt))
+
+    async def _hand_in(self, claim: Claim, incoming: Incoming) -> Receipt:
+        """A client that hangs up now does not undo what the Region may have granted already."""
+        task = asyncio.ensure_future(self._desk.hand_in(claim, incoming))
+        self._handing_in.add(task)
+        task.add_done_callback(self._handing_in.discard)
+        return await asyncio.shield(task)
 
     async def _receive(self, first: bytes, frames: rpc.Frames, claim: Claim, ticket: bytes) -> Incoming:
         desk = self._desk

@@ -40,6 +40,8 @@ from hierfl.wire.fetch import Fetcher
 __all__ = ["Link", "Waits", "checked", "probe"]
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
+SMALL_UPDATE_BYTES = 65_536
+"""Of values: what is not larger is handed in with the request, which saves a stream."""
 REMIND_S = 60.0
 """A wait is said again after so long, and whenever its reason changes."""
 
@@ -128,13 +130,14 @@ class Link:
     async def admit(
         self, key: AttemptKey, outgoing: transfer.Outgoing, weight: int, signature: bytes
     ) -> pb.AdmitResponse:
-        """Ask to be let in; waits in line for as long as the connection lives."""
+        """Ask to be let in; waits in line for as long as the connection lives. A small update goes along."""
         request = pb.AdmitRequest(
             key=key_to_proto(key),
             digest=outgoing.digest,
             length_bytes=outgoing.length_bytes,
             weight=weight,
             signature=signature,
+            update=outgoing.frames(key) if outgoing.length_bytes <= SMALL_UPDATE_BYTES else (),
         )
         response: pb.AdmitResponse = await self._call("Admit", request)
         return response

@@ -132,18 +132,20 @@ class Withdrawal(_message.Message):
     def __init__(self, key: _Optional[_Union[AttemptKey, _Mapping]] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class AdmitRequest(_message.Message):
-    __slots__ = ("key", "digest", "length_bytes", "weight", "signature")
+    __slots__ = ("key", "digest", "length_bytes", "weight", "signature", "update")
     KEY_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     LENGTH_BYTES_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_FIELD_NUMBER: _ClassVar[int]
     SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    UPDATE_FIELD_NUMBER: _ClassVar[int]
     key: AttemptKey
     digest: str
     length_bytes: int
     weight: int
     signature: bytes
-    def __init__(self, key: _Optional[_Union[AttemptKey, _Mapping]] = ..., digest: _Optional[str] = ..., length_bytes: _Optional[int] = ..., weight: _Optional[int] = ..., signature: _Optional[bytes] = ...) -> None: ...
+    update: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, key: _Optional[_Union[AttemptKey, _Mapping]] = ..., digest: _Optional[str] = ..., length_bytes: _Optional[int] = ..., weight: _Optional[int] = ..., signature: _Optional[bytes] = ..., update: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class AdmitResponse(_message.Message):
     __slots__ = ("ticket", "receipt", "retry_after_ms")

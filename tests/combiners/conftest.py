@@ -397,6 +397,7 @@ class Client:
             length_bytes=changes.get("length_bytes", outgoing.length_bytes),
             weight=weight,
             signature=changes.get("signature", self.kit.sign(statement, UPDATE_CONTEXT)),
+            update=changes.get("update", ()),
         )
         try:
             return await self.stub.Admit(request)

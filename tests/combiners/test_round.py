@@ -54,6 +54,37 @@ async def test_three_clients_become_one_exact_sum_and_learn_that_it_was_counted(
         assert [receipt.state for client in clients for receipt in await client.receipts(plan.key)] == [4] * 3
 
 
+async def test_a_small_update_is_handed_in_with_its_request(start_combiner, controller, client_kits, connect, plan):
+    async with start_combiner() as combiner:
+        clients = await joined(connect, combiner, client_kits[:3])
+        await controller.offer(plan)
+        for client in clients:
+            outgoing, weight = client.update(plan)
+            frames = list(outgoing.frames(plan.key))
+            with pytest.raises(TransferIncomplete):
+                await client.admit(plan.key, outgoing, weight, update=frames[:-1])
+            with pytest.raises(WireError):
+                await client.admit(plan.key, outgoing, weight, update=[frames[0], b"nonsense", frames[2]])
+            whole = await client.admit(plan.key, outgoing, weight, update=frames)
+            assert whole.receipt.state == pb.RECEIPT_STATE_STAGED
+            assert await client.admit(plan.key, outgoing, weight, update=frames) == whole
+        _, head, partial, _ = await controller.partials.get()
+        assert (head.num_sites, head.num_updates) == (3, 3)
+        assert np.array_equal(partial.sums["train"], np.full(3000, 3 * 2**32))
+
+
+async def test_a_bad_small_update_is_refused_like_a_large_one(start_combiner, controller, client_kits, connect, plan):
+    async with start_combiner() as combiner:
+        clients = await joined(connect, combiner, client_kits[:4])
+        await controller.offer(plan)
+        outgoing, weight = clients[3].update(plan, value=np.nan)
+        with pytest.raises(ValueOutOfRange, match="'train', value 0 is nan"):
+            await clients[3].admit(plan.key, outgoing, weight, update=list(outgoing.frames(plan.key)))
+        await asyncio.gather(*(client.hand_in(plan) for client in clients[:3]))
+        _, head, _, _ = await controller.partials.get()
+        assert head.num_updates == 3
+
+
 async def joined(connect, combiner, kits):
     return [await connect(kit, combiner.addresses[n % len(combiner.addresses)]) for n, kit in enumerate(kits)]
 
