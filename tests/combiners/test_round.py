@@ -59,6 +59,7 @@ async def test_a_small_update_is_handed_in_with_its_request(start_combiner, cont
         clients = await joined(connect, combiner, client_kits[:3])
         await controller.offer(plan)
         for client in clients:
+            await client.offer()
             outgoing, weight = client.update(plan)
             frames = list(outgoing.frames(plan.key))
             with pytest.raises(TransferIncomplete):
@@ -77,6 +78,7 @@ async def test_a_bad_small_update_is_refused_like_a_large_one(start_combiner, co
     async with start_combiner() as combiner:
         clients = await joined(connect, combiner, client_kits[:4])
         await controller.offer(plan)
+        await clients[3].offer()
         outgoing, weight = clients[3].update(plan, value=np.nan)
         with pytest.raises(ValueOutOfRange, match="'train', value 0 is nan"):
             await clients[3].admit(plan.key, outgoing, weight, update=list(outgoing.frames(plan.key)))
