@@ -1,4 +1,7 @@
-"""``python -m benchmarks`` runs every bench and prints their table; ``table`` only prints what the last runs gave."""
+"""``python -m benchmarks`` runs the small benches and prints the tables; ``table`` only prints what the last runs gave.
+
+``rounds`` runs whole rounds through real processes (``benchmarks/rounds.py``), all or those named.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from benchmarks import bench_fold, bench_start, harness
+from benchmarks import bench_fold, bench_start, harness, rounds
 
 BENCHES: Mapping[str, Callable[[int], tuple[harness.Figure, ...]]] = {
     "start": bench_start.measure,
@@ -21,7 +24,16 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command")
     table = commands.add_parser("table", help="print the table that the result files make")
     table.add_argument("--write", metavar="FILE.md", type=Path, help="put it between the file's markers instead")
+    whole = commands.add_parser("rounds", help="run whole rounds, which takes a quarter of an hour")
+    whole.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(rounds.ROUNDS)}; default: all")
     asked = parser.parse_args()
+    if asked.command == "rounds":
+        unknown = sorted(set(asked.names) - rounds.ROUNDS.keys())
+        if unknown:
+            parser.error(f"there is no round {unknown[0]}; there are {', '.join(rounds.ROUNDS)}")
+        rounds.measure_all(asked.names)
+        print(rounds.table())
+        return 0
     return show(asked.write) if asked.command == "table" else run_all()
 
 
@@ -38,9 +50,14 @@ def run_all() -> int:
     return 1 if above else 0
 
 
+def tables() -> str:
+    """What all result files make: whole rounds, then what is done to every value."""
+    return f"{rounds.table()}\n\n{harness.table(harness.read_results(harness.RESULTS, BENCHES))}"
+
+
 def show(target: Path | None) -> int:
     """Print the table, or put it into ``target``."""
-    made = harness.table(harness.read_results(harness.RESULTS, BENCHES))
+    made = tables()
     if target is None:
         print(made)
         return 0

@@ -84,7 +84,7 @@ def test_the_table_has_a_row_a_figure_and_a_line_on_where_it_ran(harness, result
 def test_table_prints_the_table_of_the_result_files(harness, benches):
     ended = python("-m", "benchmarks", "table")
     assert (ended.returncode, ended.stderr) == (0, "")
-    assert ended.stdout == harness.table(harness.read_results(harness.RESULTS, benches)) + "\n"
+    assert ended.stdout == importlib.import_module("benchmarks.__main__").tables() + "\n"
 
 
 def test_table_write_replaces_what_stands_between_the_markers_and_nothing_else(tmp_path):
@@ -144,6 +144,6 @@ assert all(figure.cpu_s > 0 and figure.beside_cpu_s > 0 for figure in figures), 
 
 def test_the_readme_has_the_table_of_the_result_files(harness, benches):
     text = README.read_text()
-    assert harness.replace_table(text, harness.table(harness.read_results(harness.RESULTS, benches))) == text, (
+    assert harness.replace_table(text, importlib.import_module("benchmarks.__main__").tables()) == text, (
         "python -m benchmarks table --write README.md"
     )
