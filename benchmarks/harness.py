@@ -33,6 +33,8 @@ __all__ = [
     "replace_table",
     "table",
     "thread_seconds",
+    "versions",
+    "write_document",
     "write_result",
 ]
 
@@ -130,13 +132,23 @@ def write_result(name: str, measure: Callable[[int], tuple[Figure, ...]]) -> Res
         schema=f"hierfl.bench_{name}/1",
         machine=here(),
         load=load,
-        versions={"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
+        versions=versions(),
         seed=SEED,
         figures=measure(SEED),
     )
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_bytes(msgspec.json.format(documents.encode(result), indent=2) + b"\n")
+    write_document(RESULTS / f"{name}.json", result)
     return result
+
+
+def versions(*others: str) -> dict[str, str]:
+    """Of Python, of the packages that every figure depends on, and of ``others``."""
+    return {"python": platform.python_version(), **{package: version(package) for package in (*PACKAGES, *others)}}
+
+
+def write_document(path: Path, result: object) -> None:
+    """Write a result file, for people to read too."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(msgspec.json.format(documents.encode(result), indent=2) + b"\n")
 
 
 def read_results(directory: Path, names: Iterable[str]) -> dict[str, Result]:

@@ -1,0 +1,1 @@
+"""What runs inside the peers' own environments: one script each, which imports nothing of hierfl."""
