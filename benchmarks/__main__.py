@@ -17,7 +17,7 @@ BENCHES: Mapping[str, Callable[[int], tuple[harness.Figure, ...]]] = {
     "fold": bench_fold.measure,
 }
 """In the order of the table."""
-ALONE = ("peers", "wan")
+ALONE = ("peers", "wan", "simulation")
 """Benches that are run by their own file, by hand; their results are no CPU times and have tables of their own."""
 
 
