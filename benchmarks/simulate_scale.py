@@ -18,11 +18,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 if __package__ in (None, ""):  # run as a file, as in the examples
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import harness
-from benchmarks.scale.constants import Constants, Run, Size, fit, read_run
+from benchmarks.scale.constants import Constants, Run, Size, fit, nonnegative_least_squares, read_run
 from benchmarks.scale.result import SCHEMA, Prediction, ScaleResult
 from benchmarks.scale.round import simulate
 from benchmarks.scale.text import document
@@ -65,14 +67,18 @@ examples:
 
 
 def calibrate(runs: Sequence[Run], cores: int) -> Constants:
-    """Constants from these runs: CPU terms, then the wait that the simulation lacks in the middle of them.
+    """Constants from these runs: CPU terms first, then the slowdown and the wait that bring the simulation to them.
 
     Raises:
         ValueError: Too few runs.
     """
     constants = fit(runs)
-    lacking = [run.round_s - simulate(run.size, constants, cores)[0] for run in runs]
-    return replace(constants, wait_s=round(max(0.0, statistics.median(lacking)), 4))
+    simulated = np.array([[simulate(run.size, constants, cores)[0], 1.0] for run in runs])
+    measured = np.array([run.round_s for run in runs])
+    slowdown, wait_s = nonnegative_least_squares(simulated / measured[:, None], np.ones(len(runs)))
+    if slowdown < 1:  # work cannot be faster than itself: what is missing is no wait either
+        slowdown, wait_s = 1.0, max(0.0, float(np.median(measured - simulated[:, 0])))
+    return replace(constants, slowdown=round(float(slowdown), 4), wait_s=round(float(wait_s), 4))
 
 
 def predict(run: Run, constants: Constants, cores: int) -> Prediction:

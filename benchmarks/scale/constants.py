@@ -109,8 +109,10 @@ class Constants:
     """CPU seconds of each term of each part, and the seconds of a round in which nobody works."""
 
     cpu_s: Mapping[str, Mapping[str, float]]
+    slowdown: float = 1.0
+    """How much longer work takes than its CPU seconds on as many cores: shared caches, other programs."""
     wait_s: float = 0.0
-    """Of a round: commits to disk, hops between processes, wake-ups. What the simulation lacks (``simulate_scale``)."""
+    """Of a round: commits to disk, hops between processes, wake-ups. Like the slowdown, what the simulation lacks."""
 
     def of(self, part: str, term: str) -> float:
         return self.cpu_s[part][term]

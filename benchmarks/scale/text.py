@@ -74,7 +74,9 @@ Terms are not negative; 0 says that the rounds cannot tell the term from the oth
 
 {_table(("part", "for each", "CPU"), rows, right=1)}
 
-Beside CPU time a round waits {1000 * constants.wait_s:.0f} ms: commits to disk, hops between processes."""
+Work took {constants.slowdown:.2f} x its CPU time on as many cores (shared caches, other programs), and beside it a \
+round waits {1000 * constants.wait_s:.0f} ms (commits to disk, hops between processes); both are fitted to the same \
+rounds, and neither is used below where the costs are multiplied."""
 
 
 def _simulation(predictions: Sequence[Prediction]) -> str:
@@ -108,7 +110,7 @@ is fixed in `benchmarks/simulate_scale.py` before anything is measured; the goal
 def _misses(unseen: Iterable[Prediction]) -> str:
     missed = [f"{one.size} ({_signed(one.error)})" for one in unseen if not one.is_within_goal]
     words = f" Outside it: {'; '.join(missed)}." if missed else ""
-    loaded = " Load above 1 before a bench means that other programs took cores, which is not simulated."
+    loaded = " Load above 1 before a bench: other programs took cores, which the simulation knows by the slowdown only."
     return words + loaded
 
 
