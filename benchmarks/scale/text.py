@@ -46,7 +46,7 @@ def document(result: ScaleResult) -> str:
 
 def _head(result: ScaleResult) -> str:
     machine = result.machine
-    versions = ", ".join(f"{name} {number}" for name, number in result.versions.items())
+    versions = ", ".join(f"{name} {number}" for name, number in sorted(result.versions.items()))
     return f"""\
 # Scale, on paper, with numbers
 
@@ -63,8 +63,8 @@ before a bench (median); {versions}; seed {result.seed}."""
 def _constants(constants: Constants) -> str:
     rows = [
         (part, term.replace("_mb", " x MB").replace("_", " "), f"{1000 * value:,.3g} ms")
-        for part, terms in constants.cpu_s.items()
-        for term, value in terms.items()
+        for part, terms in sorted(constants.cpu_s.items())
+        for term, value in sorted(terms.items())
     ]
     return f"""\
 ## What things cost
