@@ -169,6 +169,9 @@ class _IntakeOverRay:
     async def deliver(self, receipts: tuple[Receipt, ...]) -> None:
         await _answer(self._handle.deliver.remote(receipts))
 
+    async def list_endpoints(self, endpoints: bytes) -> None:
+        await _answer(self._handle.list_endpoints.remote(endpoints))
+
 
 # ---------------------------------------------------------------- an intake
 
@@ -177,7 +180,14 @@ class IntakeActor:
     """``IntakeHost`` in a process of its own, serving on its port from ``__init__`` on."""
 
     def __init__(
-        self, name: str, kit: Path, directory: Path, listen: str, region: str, settings: IntakeSettings
+        self,
+        name: str,
+        kit: Path,
+        directory: Path,
+        listen: str,
+        advertise: str,
+        region: str,
+        settings: IntakeSettings,
     ) -> None:
         """``region``: name of the Region's actor; a handle among the arguments would not outlive a restart."""
         loaded = Kit.load(kit)
@@ -188,7 +198,7 @@ class IntakeActor:
         async def make() -> IntakeHost:
             host = IntakeHost(name, loaded, port, settings)
             try:
-                await host.start(listen)
+                await host.start(listen, advertise)
             except PortInUse:
                 await host.stop(0)
                 raise
@@ -225,6 +235,9 @@ class IntakeActor:
 
     async def deliver(self, receipts: tuple[Receipt, ...]) -> None:
         await self._loop.run(self._host.deliver(receipts))
+
+    async def list_endpoints(self, endpoints: bytes) -> None:
+        await self._loop.run(self._host.list_endpoints(endpoints))
 
     async def stop_admitting(self) -> None:
         await self._loop.run(self._host.stop_admitting())

@@ -121,6 +121,7 @@ class RegionHost:
         """Attach to the controller and watch the intakes."""
         self.spawn(self.uplink.run())
         self.spawn(self.reception.watch())
+        self.spawn(self.reception.list_intakes())
 
     async def drain(self, timeout_s: float) -> None:
         """Seal and send what can be; hand the rest back. Waits for at most ``timeout_s``."""

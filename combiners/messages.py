@@ -141,8 +141,11 @@ class Opening:
 
 @dataclass(frozen=True, kw_only=True)
 class Registration:
+    """``endpoints``: the region's signed list (protobuf), for its clients; empty where none is made yet."""
+
     incarnation: str
     openings: tuple[Opening, ...] = ()
+    endpoints: bytes = b""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +179,10 @@ class ClientView:
 
 
 class RegionPort(Protocol):
-    """The Region, as an intake calls it. Every call may run twice and does the same then."""
+    """The Region, as an intake calls it. Every call may run twice and does the same then.
+
+    ``address`` of ``register`` is where clients reach the intake; empty where that is not known.
+    """
 
     async def register(self, name: str, address: str, port: IntakePort) -> Registration: ...
     async def tick(self, incarnation: str, tick: Tick) -> TickReply: ...
@@ -193,3 +199,4 @@ class IntakePort(Protocol):
     async def resume(self, key: AttemptKey, seal_id: str) -> None: ...
     async def close(self, key: AttemptKey, reason: str) -> None: ...
     async def deliver(self, receipts: tuple[Receipt, ...]) -> None: ...
+    async def list_endpoints(self, endpoints: bytes) -> None: ...

@@ -30,7 +30,12 @@ class IntakeLine:
         timeout_s: float,
         on_lost: Callable[[str], None],
     ) -> None:
-        """``on_lost`` gets the incarnation, once, when a call to it failed or took longer than ``timeout_s``."""
+        """
+        Args:
+            address: As clients reach it, or empty.
+            timeout_s: Of each call.
+            on_lost: Gets the incarnation, once, when a call to it failed or took longer.
+        """
         self.name, self.incarnation, self.address = name, incarnation, address
         self.bytes_in = self.bytes_out = 0
         self.heard_at_s = time.monotonic()
