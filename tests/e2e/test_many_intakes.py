@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 import pytest
-from federations import InProcess, job, noisy_app
+from federations import InProcess, job
 
 from combiners.desk import IntakeSettings
 from combiners.settings import RegionSettings
