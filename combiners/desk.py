@@ -18,6 +18,7 @@ from combiners.checks import check_announced, check_update
 from combiners.folding import Folding
 from combiners.followers import Followers, Session
 from combiners.link import RegionLink
+from combiners.merging import added
 from combiners.messages import (
     Answer,
     App,
@@ -205,6 +206,10 @@ class Desk:
             return HandOver(incarnation=self.link.incarnation, key=key, seal_id=seal_id)
         await self.link.settled()
         return await attempt.hand_over(self.link.incarnation, seal_id)
+
+    async def add(self, hand_overs: tuple[HandOver, ...]) -> HandOver:
+        """For the Region, where many intakes hand over; they need not be this one's."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, added, hand_overs)
 
     async def resume(self, key: AttemptKey, seal_id: str) -> None:
         attempt = self.attempts.get(key)

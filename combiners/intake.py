@@ -114,6 +114,9 @@ class IntakeHost:
     async def freeze(self, key: AttemptKey, seal_id: str) -> HandOver:
         return await self.desk.freeze(key, seal_id)
 
+    async def add(self, hand_overs: tuple[HandOver, ...]) -> HandOver:
+        return await self.desk.add(hand_overs)
+
     async def resume(self, key: AttemptKey, seal_id: str) -> None:
         await self.desk.resume(key, seal_id)
 

@@ -31,6 +31,7 @@ __all__ = [
     "RegionPort",
     "Registration",
     "Report",
+    "Stored",
     "Tick",
     "TickReply",
     "serves",
@@ -148,15 +149,26 @@ class Registration:
     endpoints: bytes = b""
 
 
+class Stored(Protocol):
+    """Sums in the object store."""
+
+    async def fetch(self) -> PartialAggregate:
+        """Bring them here. Raises ``StorageError`` where they are gone."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class HandOver:
-    """What one incarnation folded in one attempt. ``partial`` is absent where it folded nothing."""
+    """What one incarnation folded in one attempt, or several of them. ``partial`` is absent where it folded nothing,
+    and where it has stayed in the object store: then ``stored`` gives it.
+    """
 
     incarnation: str
     key: AttemptKey
     seal_id: str
     entries: tuple[Claim, ...] = ()
     partial: PartialAggregate | None = None
+    stored: Stored | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +208,7 @@ class IntakePort(Protocol):
     async def open(self, opening: Opening) -> None: ...
     async def ask_again(self, key: AttemptKey, clients: tuple[ClientRef, ...]) -> None: ...
     async def freeze(self, key: AttemptKey, seal_id: str) -> HandOver: ...
+    async def add(self, hand_overs: tuple[HandOver, ...]) -> HandOver: ...
     async def resume(self, key: AttemptKey, seal_id: str) -> None: ...
     async def close(self, key: AttemptKey, reason: str) -> None: ...
     async def deliver(self, receipts: tuple[Receipt, ...]) -> None: ...

@@ -9,12 +9,14 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from combiners.messages import IntakePort
 from hierfl.errors import RegionUnreachable
 
 __all__ = ["IntakeLine"]
+
+T = TypeVar("T")
 
 
 class IntakeLine:
@@ -49,6 +51,18 @@ class IntakeLine:
         result.add_done_callback(_seen)
         self._calls.put_nowait((call, result))
         return result
+
+    async def borrow(self, call: Callable[[IntakePort], Awaitable[T]]) -> T:
+        """Have the intake do what another could do as well: out of the order, and where it fails nothing is lost.
+
+        Raises:
+            RegionUnreachable: It did not do it.
+        """
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await call(self._port)
+        except Exception as error:  # noqa: BLE001 - whatever it was, another does it
+            raise RegionUnreachable(f"{self.name} did not do it: {error}") from None
 
     async def close(self) -> None:
         """Let go of the intake; calls that wait fail."""

@@ -7,6 +7,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 
 import grpc
+import numpy as np
 import pytest
 
 from combiners.desk import IntakeSettings
@@ -71,6 +72,33 @@ async def test_clients_get_the_list_signed_at_once_or_when_it_is_made_and_again_
         assert not (await again.read()).welcome.HasField("endpoints"), "the client has this one"
         stream.cancel()
         again.cancel()
+
+
+async def test_many_intakes_add_up_among_themselves_and_the_bits_are_the_same(
+    start_combiner, controller, client_kits, connect, plan
+):
+    plan = replace(plan, min_clients=5)
+    async with start_combiner(intakes=6) as combiner:
+        clients = [await connect(kit, combiner.addresses[n]) for n, kit in enumerate(client_kits[:5])]
+        added: list[int] = []
+        for number, intake in enumerate(combiner.intakes):
+            intake.desk.add = watched(intake.desk.add, number, added)
+        await controller.offer(plan)
+        await asyncio.gather(*(client.offer() for client in clients))
+        await asyncio.gather(*(client.hand_in(plan, value=0.1 * n, weight=n + 1) for n, client in enumerate(clients)))
+        _, head, partial, _ = await controller.partials.get()
+    assert added == [0, 1]
+    assert (head.num_sites, head.num_updates, head.weight) == (5, 5, 15)
+    expected = sum((n + 1) * round(float(np.float32(0.1 * n)) * 2**32) for n in range(5))
+    assert np.array_equal(partial.sums["train"], np.full(3000, expected))
+
+
+def watched(add, number: int, added: list[int]):
+    async def call(hand_overs):
+        added.append(number)
+        return await add(hand_overs)
+
+    return call
 
 
 @pytest.fixture
