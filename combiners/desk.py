@@ -251,6 +251,10 @@ class Desk:
         return self.followers.join(client, apps)
 
     def _make_room(self, client: ClientRef, apps: tuple[App, ...]) -> None:
+        own = next((session for session in self.followers.of(client) if not session.is_over), None)
+        if own is not None:
+            own.end()  # a stream that broke on its way, and the client is back before that was noticed
+            return
         now_s = time.monotonic()
         if now_s >= self._full_until_s:
             idle = min(filter(self._is_idle, self.followers), key=lambda session: session.since_s, default=None)

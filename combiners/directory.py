@@ -15,6 +15,9 @@ from hierfl.wire import hierfl_pb2 as pb
 
 __all__ = ["Directory"]
 
+MOST_SETTLES = 5
+"""An intake that comes and goes without end does not keep the others out of the list for longer."""
+
 
 class Directory:
     """Makes the lists of one Region start."""
@@ -35,9 +38,11 @@ class Directory:
         """Publish each new list, for as long as the Region lives."""
         while True:
             await self._changed.wait()
-            while self._changed.is_set():
+            for _ in range(MOST_SETTLES):
                 self._changed.clear()
                 await asyncio.sleep(self._settle_s)
+                if not self._changed.is_set():
+                    break
             if self._renew(intakes()):
                 publish(self.newest)
 

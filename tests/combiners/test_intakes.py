@@ -139,6 +139,13 @@ async def test_a_client_too_many_is_told_when_to_come_back_and_the_round_waits_f
     assert head.num_updates == 3
 
 
+async def test_a_client_is_back_before_its_broken_stream_is_noticed(small, client_kits, connect):
+    first, _ = [await connect(kit, small.addresses[0]) for kit in client_kits[:2]]
+    await connect(client_kits[0], small.addresses[0])
+    await asyncio.wait_for(first.ended.wait(), 10)
+    assert len(small.intakes[0].desk.followers) == 2
+
+
 async def test_a_client_that_does_not_come_back_is_not_waited_for_for_ever(
     small, controller, client_kits, connect, plan
 ):
