@@ -74,36 +74,46 @@ class Followers:
         session = Session(client, apps)
         self._stop_waiting_for(client)
         self._sessions.setdefault(client, []).append(session)
-        self._tell_of(client)
+        self._tell(self._presence(client))
         return session
 
     def leave(self, session: Session) -> None:
+        before = self._presence(session.client)
         sessions = self._sessions[session.client]
         sessions.remove(session)
         if not sessions:
             del self._sessions[session.client]
-        self._tell_of(session.client)
+        self._tell_change(session.client, before)
 
     def turn_away(self, client: ClientRef, apps: tuple[App, ...], after_s: float, grace_s: float) -> None:
         """The client was told to come back after ``after_s``; it is waited for a while longer, then it has left."""
+        before = self._presence(client)
         self._stop_waiting_for(client)
         patience_s = LATENESS * after_s + grace_s
         timer = asyncio.get_running_loop().call_later(patience_s, self._give_up, client)
         self._away[client] = (apps, timer)
-        self._tell_of(client)
+        self._tell_change(client, before)
 
     def _give_up(self, client: ClientRef) -> None:
+        before = self._presence(client)
         self._stop_waiting_for(client)
-        self._tell_of(client)
+        self._tell_change(client, before)
 
     def _stop_waiting_for(self, client: ClientRef) -> None:
         _, timer = self._away.pop(client, ((), None))
         if timer is not None:
             timer.cancel()
 
-    def _tell_of(self, client: ClientRef) -> None:
+    def _presence(self, client: ClientRef) -> Connection:
+        """What the Region should know of it."""
         is_here = client in self._sessions or client in self._away
-        self._tell(Connection(client=client, joined=is_here, apps=self._apps(client)))
+        return Connection(client=client, joined=is_here, apps=self._apps(client))
+
+    def _tell_change(self, client: ClientRef, before: Connection) -> None:
+        """Who joins is asked (again) for its update: only who really does is said to."""
+        after = self._presence(client)
+        if after != before:
+            self._tell(after)
 
     def serving(self, plan: Plan) -> list[Session]:
         return [session for session in self if serves(session.apps, plan)]
