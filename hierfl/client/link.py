@@ -49,7 +49,7 @@ DIAL_S = 10.0
 """In which an intake of the list has to answer; the kit's addresses have as long as any call."""
 SPREAD_S = 2.0
 """Clients that move because of a new list do so within this time, not all at once."""
-FIRST_HOMING_S, LONGEST_HOMING_S = 15.0, 600.0
+FIRST_HOMING_S, LONGEST_HOMING_S = 5.0, 600.0
 """Pauses between tries of the intake that the client belongs to, while another one serves it."""
 MOST_AWAY_S = 1800.0
 """No server keeps a client away for longer."""

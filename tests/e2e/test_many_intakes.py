@@ -15,12 +15,13 @@ from hierfl.pki import Kit
 from hierfl.rendezvous import preference
 
 SITES = {"eu": [f"site-{number:02d}" for number in range(12)]}
-QUICK = RegionSettings(settle_s=0.05, intake_silence_s=0.6, freeze_s=5.0)
+QUICK = RegionSettings(settle_s=0.05, intake_silence_s=2.5, freeze_s=5.0)
 
 
 @pytest.fixture(autouse=True)
 def _moves_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(link, "SPREAD_S", 0.1)
+    monkeypatch.setattr(link, "FIRST_HOMING_S", 0.2)
 
 
 def kits(federation: InProcess) -> list[Kit]:
