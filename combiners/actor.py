@@ -15,12 +15,13 @@ import threading
 import time
 import warnings
 from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError
 
 from combiners.desk import IntakeSettings
 from combiners.host import RegionHost
@@ -28,7 +29,8 @@ from combiners.intake import IntakeHost
 from combiners.messages import ClientView, HandOver, IntakePort, Model, Opening, Registration, Tick, TickReply
 from combiners.settings import RegionSettings
 from hierfl import kernels, observe
-from hierfl.errors import HierFLError, PortInUse, StoreLocked, Unreachable
+from hierfl.aggregation import PartialAggregate
+from hierfl.errors import HierFLError, PortInUse, StorageError, StoreLocked, Unreachable
 from hierfl.pki import Kit
 from hierfl.receipts import Receipt
 from hierfl.types import AttemptKey, ClientRef, ModelHash
@@ -157,8 +159,17 @@ class _IntakeOverRay:
         await _answer(self._handle.ask_again.remote(key, clients))
 
     async def freeze(self, key: AttemptKey, seal_id: str) -> HandOver:
-        hand_over: HandOver = await _answer(self._handle.freeze.remote(key, seal_id))
-        return hand_over
+        return await self._handed(*self._handle.freeze.options(num_returns=2).remote(key, seal_id))
+
+    async def add(self, hand_overs: tuple[HandOver, ...]) -> HandOver:
+        lists = tuple(replace(hand_over, stored=None) for hand_over in hand_overs)
+        sums = (one.stored.reference if isinstance(one.stored, _Stored) else one.partial for one in hand_overs)
+        return await self._handed(*self._handle.add.options(num_returns=2).remote(lists, *sums))
+
+    async def _handed(self, listed: Any, sums: Any) -> HandOver:
+        """The list comes here; the sums stay where they are until somebody adds them."""
+        hand_over: HandOver = await _answer(listed)
+        return replace(hand_over, stored=_Stored(hand_over.incarnation, sums)) if hand_over.entries else hand_over
 
     async def resume(self, key: AttemptKey, seal_id: str) -> None:
         await _answer(self._handle.resume.remote(key, seal_id))
@@ -169,6 +180,23 @@ class _IntakeOverRay:
     async def deliver(self, receipts: tuple[Receipt, ...]) -> None:
         await _answer(self._handle.deliver.remote(receipts))
 
+    async def list_endpoints(self, endpoints: bytes) -> None:
+        await _answer(self._handle.list_endpoints.remote(endpoints))
+
+
+class _Stored:
+    """Sums in Ray's object store. They are the result of a call of ours, so they outlive the actor that made them."""
+
+    def __init__(self, incarnation: str, reference: Any) -> None:
+        self.incarnation, self.reference = incarnation, reference
+
+    async def fetch(self) -> PartialAggregate:
+        try:
+            partial: PartialAggregate = await self.reference
+        except RayError as error:
+            raise StorageError(f"the sums of {self.incarnation} cannot be had: {type(error).__name__}") from None
+        return partial
+
 
 # ---------------------------------------------------------------- an intake
 
@@ -177,7 +205,14 @@ class IntakeActor:
     """``IntakeHost`` in a process of its own, serving on its port from ``__init__`` on."""
 
     def __init__(
-        self, name: str, kit: Path, directory: Path, listen: str, region: str, settings: IntakeSettings
+        self,
+        name: str,
+        kit: Path,
+        directory: Path,
+        listen: str,
+        advertise: str,
+        region: str,
+        settings: IntakeSettings,
     ) -> None:
         """``region``: name of the Region's actor; a handle among the arguments would not outlive a restart."""
         loaded = Kit.load(kit)
@@ -188,7 +223,7 @@ class IntakeActor:
         async def make() -> IntakeHost:
             host = IntakeHost(name, loaded, port, settings)
             try:
-                await host.start(listen)
+                await host.start(listen, advertise)
             except PortInUse:
                 await host.stop(0)
                 raise
@@ -214,8 +249,14 @@ class IntakeActor:
     async def ask_again(self, key: AttemptKey, clients: tuple[ClientRef, ...]) -> None:
         await self._loop.run(self._host.ask_again(key, clients))
 
-    async def freeze(self, key: AttemptKey, seal_id: str) -> HandOver:
-        return await self._loop.run(self._host.freeze(key, seal_id))
+    async def freeze(self, key: AttemptKey, seal_id: str) -> tuple[HandOver, PartialAggregate | None]:
+        return _parted(await self._loop.run(self._host.freeze(key, seal_id)))
+
+    async def add(
+        self, lists: tuple[HandOver, ...], *sums: PartialAggregate
+    ) -> tuple[HandOver, PartialAggregate | None]:
+        whole = tuple(replace(listed, partial=partial) for listed, partial in zip(lists, sums, strict=True))
+        return _parted(await self._loop.run(self._host.add(whole)))
 
     async def resume(self, key: AttemptKey, seal_id: str) -> None:
         await self._loop.run(self._host.resume(key, seal_id))
@@ -226,12 +267,20 @@ class IntakeActor:
     async def deliver(self, receipts: tuple[Receipt, ...]) -> None:
         await self._loop.run(self._host.deliver(receipts))
 
+    async def list_endpoints(self, endpoints: bytes) -> None:
+        await self._loop.run(self._host.list_endpoints(endpoints))
+
     async def stop_admitting(self) -> None:
         await self._loop.run(self._host.stop_admitting())
 
     async def stop(self) -> None:
         await self._loop.run(self._host.stop())
         observe.shutdown()
+
+
+def _parted(hand_over: HandOver) -> tuple[HandOver, PartialAggregate | None]:
+    """Two results, so that whoever calls can take the list and leave the sums in the object store."""
+    return replace(hand_over, partial=None), hand_over.partial
 
 
 class _RegionOverRay:

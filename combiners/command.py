@@ -41,6 +41,13 @@ __all__ = ["serve"]
     metavar="HOST:PORT",
     help="Address for clients; port 0: any free one. Repeat it to give each intake its own.",
 )
+@click.option(
+    "--advertise",
+    multiple=True,
+    envvar="HIERFL_ADVERTISE",
+    metavar="HOST:PORT",
+    help="Address that clients are told, where it is another (0.0.0.0, NAT); port 0: the same. Repeated like --listen.",
+)
 @click.option("--intakes", default=1, show_default=True, envvar="HIERFL_INTAKES", help="Servers for clients.")
 @click.option("--k", default=3, show_default=True, envvar="HIERFL_K", help="Fewest sites in a sum that leaves.")
 @click.option(
@@ -63,6 +70,7 @@ def serve(
     directory: Path,
     controllers: tuple[str, ...],
     listen: tuple[str, ...],
+    advertise: tuple[str, ...],
     intakes: int,
     k: int,
     max_share: float,
@@ -90,6 +98,7 @@ def serve(
         directory=directory,
         controllers=controllers,
         listen=listen,
+        advertise=advertise,
         intakes=intakes,
         ray_address=ray_address,
         region=RegionSettings(policy=ZonePolicy(k=k, max_share=max_share)),

@@ -1,12 +1,14 @@
 """An intake without its sockets: offers out, updates in, claims and hand-overs with the Region.
 
 Staged updates, accumulators and the incarnation go together: when the Region holds the incarnation void,
-all of it is dropped and every client is sent away to come back.
+all of it is dropped and every client is sent away to come back. When as many follow as can, those who have
+nothing to do make room, and the others are told when to come back.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -14,10 +16,12 @@ from dataclasses import dataclass, replace
 from combiners.admission import Admitted, Line
 from combiners.checks import check_announced, check_update
 from combiners.folding import Folding
-from combiners.followers import Followers
+from combiners.followers import Followers, Session
 from combiners.link import RegionLink
+from combiners.merging import added
 from combiners.messages import (
     Answer,
+    App,
     Claim,
     ClaimAnswer,
     HandOver,
@@ -27,9 +31,13 @@ from combiners.messages import (
     RegionPort,
     Registration,
     Report,
+    serves,
 )
-from hierfl import observe
+from combiners.pacing import Pacer
+from hierfl import documents, observe
+from hierfl.endpoints import EndpointList
 from hierfl.errors import (
+    ComeBack,
     DigestMismatch,
     Interrupted,
     RoundClosed,
@@ -50,6 +58,9 @@ __all__ = ["Desk", "IntakeSettings"]
 RETRY_S = 0.5
 """A claim that has to wait for a seal is made again after so long, if nothing was heard."""
 RETRY_AFTER_MS = 500
+LOOK_AGAIN_S = 0.2
+"""After so long a full intake looks again whether somebody can make room."""
+FULL = "as many clients are connected here as this combiner takes at once; come back when it says"
 MODELS_KEPT = 2
 INLINE_BYTES = 65_536
 """A smaller update is checked on the event loop: handing it to a thread would cost more."""
@@ -64,7 +75,11 @@ class IntakeSettings:
     staging_bytes: int = 512 * 2**20
     """Of all uploads at once; a larger one goes alone."""
     max_following: int = 4000
-    """Clients that may wait at once; more are told to come back."""
+    """Clients that may wait at once; more are told when to come back."""
+    least_turn_s: float = 20.0
+    """While there are more than that, each may stay for at least about so long."""
+    away_grace_s: float = 10.0
+    """A client that was told to come back is waited for so much longer."""
     ticket_s: float = 10.0
     """Seconds in which an admitted upload has to begin."""
     silence_s: float = 30.0
@@ -94,6 +109,11 @@ class Desk:
         )
         self.unfinished: Unfinished[UpdateKey] = Unfinished(settings.resume_s, settings.staging_bytes)
         self.followers = Followers(self.link.connection)
+        self.endpoints = pb.Endpoints()
+        """The region's list, as this intake was last told; kept when the incarnation ends."""
+        self.endpoints_age = (0, 0)
+        self._pacer = Pacer(settings.max_following, settings.least_turn_s)
+        self._full_until_s = 0.0
         self.attempts: dict[AttemptKey, Folding] = {}
         self.bytes_in = self.bytes_out = 0
         self.is_stopping = False
@@ -124,6 +144,8 @@ class Desk:
         self.bytes_in = self.bytes_out = 0
         for opening in registration.openings:
             self._open(opening)
+        if registration.endpoints:
+            self._list(registration.endpoints)
         self._is_registered.set()
 
     def _void(self) -> None:
@@ -159,12 +181,23 @@ class Desk:
         attempt = Folding(opening, Plan.from_bytes(pb.Offer.FromString(opening.offer).plan))
         self.attempts[opening.key] = attempt
         for session in self.followers.serving(attempt.plan):
+            session.since_s = time.monotonic()
             session.send(_offer(opening))
+
+    async def list_endpoints(self, endpoints: bytes) -> None:
+        self._list(endpoints)
+        for session in list(self.followers):
+            session.send(pb.FollowResponse(endpoints=self.endpoints))
+
+    def _list(self, endpoints: bytes) -> None:
+        self.endpoints = pb.Endpoints.FromString(endpoints)
+        self.endpoints_age = documents.decode(self.endpoints.document, EndpointList, "endpoint list").age
 
     async def ask_again(self, key: AttemptKey, clients: tuple[ClientRef, ...]) -> None:
         attempt = self.attempts.get(key)
         if attempt is not None:
             for client in clients:
+                attempt.answered.discard(client)
                 self.followers.send(client, _offer(attempt.opening))
 
     async def freeze(self, key: AttemptKey, seal_id: str) -> HandOver:
@@ -173,6 +206,10 @@ class Desk:
             return HandOver(incarnation=self.link.incarnation, key=key, seal_id=seal_id)
         await self.link.settled()
         return await attempt.hand_over(self.link.incarnation, seal_id)
+
+    async def add(self, hand_overs: tuple[HandOver, ...]) -> HandOver:
+        """For the Region, where many intakes hand over; they need not be this one's."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, added, hand_overs)
 
     async def resume(self, key: AttemptKey, seal_id: str) -> None:
         attempt = self.attempts.get(key)
@@ -201,6 +238,55 @@ class Desk:
         self._require_running()
         await self._is_registered.wait()
         return self.link.incarnation
+
+    def join(self, client: ClientRef, apps: tuple[App, ...]) -> Session:
+        """Let a client follow.
+
+        Raises:
+            ComeBack: As many do as can, and all of them have something to do.
+        """
+        if len(self.followers) >= self.settings.max_following:
+            self._make_room(client, apps)
+        self._pacer.came(client)
+        return self.followers.join(client, apps)
+
+    def _make_room(self, client: ClientRef, apps: tuple[App, ...]) -> None:
+        own = next((session for session in self.followers.of(client) if not session.is_over), None)
+        if own is not None:
+            own.end()  # a stream that broke on its way, and the client is back before that was noticed
+            return
+        now_s = time.monotonic()
+        if now_s >= self._full_until_s:
+            idle = min(filter(self._is_idle, self.followers), key=lambda session: session.since_s, default=None)
+            if idle is not None:
+                idle.end(self._send_away(idle.client, idle.apps))
+                return
+            self._full_until_s = now_s + LOOK_AGAIN_S
+        raise self._send_away(client, apps)
+
+    def _is_idle(self, session: Session) -> bool:
+        """Whether every open attempt that the client serves has its answer."""
+        return all(
+            session.client in attempt.answered
+            for attempt in self.attempts.values()
+            if serves(session.apps, attempt.plan)
+        )
+
+    def _send_away(self, client: ClientRef, apps: tuple[App, ...]) -> ComeBack:
+        after_s = self._pacer.next_s(client, time.monotonic())
+        self.followers.turn_away(client, apps, after_s, self.settings.away_grace_s)
+        return ComeBack(FULL, after_s)
+
+    def answered(self, key: UpdateKey) -> None:
+        """The client has its receipt, or has said no: nothing is left for it to do in this attempt."""
+        attempt = self.attempts.get(key.attempt)
+        if attempt is None or key.client in attempt.answered:
+            return
+        attempt.answered.add(key.client)
+        self._full_until_s = 0.0
+        since_s = min((session.since_s for session in self.followers.of(key.client)), default=None)
+        if since_s is not None:
+            self._pacer.took(time.monotonic() - since_s)
 
     def offers(self, serving: Callable[[Plan], bool]) -> list[pb.FollowResponse]:
         """The open offers that a client which serves these gets at once."""
@@ -321,6 +407,7 @@ class Desk:
 
     def decline(self, key: UpdateKey) -> None:
         self.link.report(Report(key=key, outcome=Outcome.DECLINED))
+        self.answered(key)
 
     async def model(self, model_hash: ModelHash) -> Model | None:
         """A model from the Region, asked for once however many clients want it."""

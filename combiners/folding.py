@@ -29,6 +29,8 @@ class Folding:
         self.opening, self.plan = opening, plan
         self.folding: dict[ClientRef, Claim] = {}
         self.folded: dict[ClientRef, Claim] = {}
+        self.answered: set[ClientRef] = set()
+        """Clients that have their receipt, or have said no: they have nothing to do here until asked again."""
         self.is_closed = False
         self._accumulator = Accumulator(plan.task.groups)
         self._one_at_a_time = asyncio.Lock()

@@ -1,16 +1,19 @@
 """Clients that hang on ``Follow`` at one intake: who they are, what they serve, and a queue for each.
 
 A queue is bounded: a client that does not read is let go, and comes back. Several sessions of one client
-count as one connection to the Region.
+count as one connection to the Region. A client that was told when to come back counts as connected until
+some time after that: a round waits for it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from combiners.messages import App, Connection, serves
+from hierfl.errors import ComeBack
 from hierfl.plan import Plan
 from hierfl.types import ClientRef
 from hierfl.wire import hierfl_pb2 as pb
@@ -19,6 +22,8 @@ __all__ = ["Followers", "Session"]
 
 MAX_QUEUED = 256
 """Offers and receipts that a client may be behind."""
+LATENESS = 1.5
+"""A client told to come back adds some jitter of its own: it is waited for so much longer than it was told."""
 
 
 @dataclass(eq=False)
@@ -28,6 +33,11 @@ class Session:
     client: ClientRef
     apps: tuple[App, ...]
     queue: asyncio.Queue[pb.FollowResponse | None] = field(default_factory=lambda: asyncio.Queue(MAX_QUEUED))
+    since_s: float = field(default_factory=time.monotonic)
+    """When it came, or was last given something to do."""
+    is_over: bool = False
+    goodbye: ComeBack | None = None
+    """What the stream ends with, where it is not just closed."""
 
     def send(self, event: pb.FollowResponse) -> None:
         """Queue an event; a session that is too far behind ends."""
@@ -36,8 +46,9 @@ class Session:
         else:
             self.queue.put_nowait(event)
 
-    def end(self) -> None:
+    def end(self, goodbye: ComeBack | None = None) -> None:
         """End the stream, whatever waits in it."""
+        self.is_over, self.goodbye = True, goodbye
         while not self.queue.empty():
             self.queue.get_nowait()
         self.queue.put_nowait(None)
@@ -50,28 +61,65 @@ class Followers:
         """``tell`` learns of clients that join and leave."""
         self._tell = tell
         self._sessions: dict[ClientRef, list[Session]] = {}
+        self._away: dict[ClientRef, tuple[tuple[App, ...], asyncio.TimerHandle]] = {}
 
     def __len__(self) -> int:
-        return sum(len(sessions) for sessions in self._sessions.values())
+        """Streams that go on."""
+        return sum(1 for _ in self)
 
     def __iter__(self) -> Iterator[Session]:
-        return (session for sessions in self._sessions.values() for session in sessions)
+        return (session for sessions in self._sessions.values() for session in sessions if not session.is_over)
 
     def join(self, client: ClientRef, apps: tuple[App, ...]) -> Session:
         session = Session(client, apps)
+        self._stop_waiting_for(client)
         self._sessions.setdefault(client, []).append(session)
-        self._tell(Connection(client=client, joined=True, apps=self._apps(client)))
+        self._tell(self._presence(client))
         return session
 
     def leave(self, session: Session) -> None:
+        before = self._presence(session.client)
         sessions = self._sessions[session.client]
         sessions.remove(session)
         if not sessions:
             del self._sessions[session.client]
-        self._tell(Connection(client=session.client, joined=bool(sessions), apps=self._apps(session.client)))
+        self._tell_change(session.client, before)
+
+    def turn_away(self, client: ClientRef, apps: tuple[App, ...], after_s: float, grace_s: float) -> None:
+        """The client was told to come back after ``after_s``; it is waited for a while longer, then it has left."""
+        before = self._presence(client)
+        self._stop_waiting_for(client)
+        patience_s = LATENESS * after_s + grace_s
+        timer = asyncio.get_running_loop().call_later(patience_s, self._give_up, client)
+        self._away[client] = (apps, timer)
+        self._tell_change(client, before)
+
+    def _give_up(self, client: ClientRef) -> None:
+        before = self._presence(client)
+        self._stop_waiting_for(client)
+        self._tell_change(client, before)
+
+    def _stop_waiting_for(self, client: ClientRef) -> None:
+        _, timer = self._away.pop(client, ((), None))
+        if timer is not None:
+            timer.cancel()
+
+    def _presence(self, client: ClientRef) -> Connection:
+        """What the Region should know of it."""
+        is_here = client in self._sessions or client in self._away
+        return Connection(client=client, joined=is_here, apps=self._apps(client))
+
+    def _tell_change(self, client: ClientRef, before: Connection) -> None:
+        """Who joins is asked (again) for its update: only who really does is said to."""
+        after = self._presence(client)
+        if after != before:
+            self._tell(after)
 
     def serving(self, plan: Plan) -> list[Session]:
         return [session for session in self if serves(session.apps, plan)]
+
+    def of(self, client: ClientRef) -> list[Session]:
+        return self._sessions.get(client, [])
 
     def send(self, client: ClientRef, event: pb.FollowResponse) -> None:
         for session in self._sessions.get(client, []):
@@ -80,7 +128,10 @@ class Followers:
     def end_all(self) -> None:
         for session in list(self):
             session.end()
+        for client in list(self._away):
+            self._give_up(client)
 
     def _apps(self, client: ClientRef) -> tuple[App, ...]:
-        apps = {app for session in self._sessions.get(client, []) for app in session.apps}
+        away, _ = self._away.get(client, ((), None))
+        apps = {app for session in self._sessions.get(client, []) for app in session.apps} | set(away)
         return tuple(sorted(apps, key=lambda app: (app.name, app.version)))

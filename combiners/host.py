@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,6 +41,7 @@ from combiners.events import (
     TimerFired,
     VoidIntake,
 )
+from combiners.merging import merge_in_pairs
 from combiners.messages import (
     ClientView,
     HandOver,
@@ -59,7 +61,15 @@ from combiners.settings import RegionSettings
 from combiners.uplink import Uplink
 from combiners.zone import ZoneStore
 from hierfl import observe
-from hierfl.errors import ConfigError, HierFLError, InvalidTransition, ResidencyError, StaleEpoch, StorageError
+from hierfl.errors import (
+    ConfigError,
+    HierFLError,
+    InvalidTransition,
+    RegionUnreachable,
+    ResidencyError,
+    StaleEpoch,
+    StorageError,
+)
 from hierfl.pki import Kit, RoleName
 from hierfl.receipts import Reason, Receipt
 from hierfl.types import AttemptKey, ModelHash, RegionId
@@ -121,6 +131,7 @@ class RegionHost:
         """Attach to the controller and watch the intakes."""
         self.spawn(self.uplink.run())
         self.spawn(self.reception.watch())
+        self.spawn(self.reception.list_intakes())
 
     async def drain(self, timeout_s: float) -> None:
         """Seal and send what can be; hand the rest back. Waits for at most ``timeout_s``."""
@@ -342,6 +353,7 @@ class RegionHost:
 
     async def _write_seal(self, instruction: Seal, hand_overs: list[HandOver]) -> str:
         policy, plan = self.settings.policy, instruction.plan
+        hand_overs = await self._gathered(hand_overs)
         loop = asyncio.get_running_loop()
         sealed = await loop.run_in_executor(
             self._kernels, make_sealed, instruction, hand_overs, policy, self.name, self.store.region_epoch
@@ -357,6 +369,26 @@ class RegionHost:
             updates_root=updates_root(instruction),
         )
         return sealed.digest
+
+    async def _gathered(self, hand_overs: list[HandOver]) -> list[HandOver]:
+        """The sums, here; of many intakes only once these have added them up to a few."""
+        few = await merge_in_pairs(hand_overs, self._add_at_an_intake)
+        return [
+            hand_over
+            if hand_over.stored is None
+            else replace(hand_over, partial=await hand_over.stored.fetch(), stored=None)
+            for hand_over in few
+        ]
+
+    async def _add_at_an_intake(self, number: int, hand_overs: Sequence[HandOver]) -> HandOver:
+        lines = list(self.reception.lines.values())
+        if not lines:
+            raise RegionUnreachable("no intake is there to add up what was handed over")
+        try:
+            return await lines[number % len(lines)].borrow(lambda port: port.add(tuple(hand_overs)))
+        except RegionUnreachable as error:
+            logger.warning("sums are added elsewhere: %s", error)
+            raise
 
     async def _tell(self, receipts: tuple[Receipt, ...]) -> None:
         try:

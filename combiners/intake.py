@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import ssl
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -19,7 +20,7 @@ from combiners.checks import expect_update
 from combiners.desk import Desk, IntakeSettings
 from combiners.messages import App, Claim, HandOver, Opening, RegionPort, serves
 from hierfl import kernels, observe
-from hierfl.errors import NotFound, RoundClosed, Unreachable, WireError
+from hierfl.errors import ComeBack, NotFound, RoundClosed, Unreachable, WireError
 from hierfl.pki import Kit, verify
 from hierfl.plan import DECLINE_CODES
 from hierfl.receipts import Receipt
@@ -32,12 +33,15 @@ from hierfl.wire.convert import key_from_proto, receipt_to_proto
 from hierfl.wire.fetch import model_frames
 from hierfl.wire.transfer import Incoming, read_header
 
-__all__ = ["IntakeHost"]
+__all__ = ["IntakeHost", "reachable"]
+
+logger = logging.getLogger(__name__)
 
 MAX_APPS = 64
 MAX_NAME = 200
 MAX_KEYS = 1000
 HELLO_NAME = "the combiner"
+WILDCARDS = ("0.0.0.0", "[::]", "*")  # noqa: S104 - not bound here: they are no address to dial
 
 
 class IntakeHost:
@@ -55,9 +59,11 @@ class IntakeHost:
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Ends with the error after which this intake cannot go on."""
 
-    async def start(self, listen: str) -> str:
+    async def start(self, listen: str, advertise: str = "") -> str:
         """Bind ``listen`` (``host:port``, port 0 for any), serve, and register; the address bound.
 
+        Args:
+            advertise: ``host:port`` as clients reach it, port 0: the one bound; empty: as ``listen``.
         Raises:
             PortInUse: Another program listens there.
         """
@@ -69,7 +75,12 @@ class IntakeHost:
         await self._server.start()
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
         self.address = f"{listen.rpartition(':')[0]}:{port}"
-        self._desk_task = asyncio.create_task(self.desk.run(self.address))
+        reached = reachable(self.address, advertise)
+        if not reached:
+            logger.warning(
+                "%s is not in the endpoint list: clients cannot dial %s; --advertise", self.desk.name, listen
+            )
+        self._desk_task = asyncio.create_task(self.desk.run(reached))
         self._desk_task.add_done_callback(self._ended)
         return self.address
 
@@ -103,6 +114,9 @@ class IntakeHost:
     async def freeze(self, key: AttemptKey, seal_id: str) -> HandOver:
         return await self.desk.freeze(key, seal_id)
 
+    async def add(self, hand_overs: tuple[HandOver, ...]) -> HandOver:
+        return await self.desk.add(hand_overs)
+
     async def resume(self, key: AttemptKey, seal_id: str) -> None:
         await self.desk.resume(key, seal_id)
 
@@ -111,6 +125,9 @@ class IntakeHost:
 
     async def deliver(self, receipts: tuple[Receipt, ...]) -> None:
         await self.desk.deliver(receipts)
+
+    async def list_endpoints(self, endpoints: bytes) -> None:
+        await self.desk.list_endpoints(endpoints)
 
 
 class _ClientService:
@@ -125,16 +142,24 @@ class _ClientService:
 
     async def Follow(self, request: pb.FollowRequest, context: Any) -> AsyncIterator[pb.FollowResponse]:  # noqa: N802
         client, apps = _client(), _apps(request)
-        if len(self._desk.followers) >= self._desk.settings.max_following:
-            raise Unreachable("as many clients wait here as can; connect again in a while")
         incarnation = await self._desk.incarnation()
-        session = self._desk.followers.join(client, apps)
+        age = (request.endpoints_epoch, request.endpoints_version)
+        newer = self._desk.endpoints if self._desk.endpoints_age > age else None
         try:
-            yield pb.FollowResponse(welcome=pb.Welcome(incarnation=incarnation))
+            session = self._desk.join(client, apps)
+        except ComeBack:
+            if newer is not None:
+                yield pb.FollowResponse(endpoints=newer)  # there may be room where it belongs
+            raise
+        try:
+            welcome = pb.Welcome(incarnation=incarnation, endpoints=newer, intake=self._desk.name)
+            yield pb.FollowResponse(welcome=welcome)
             for offer in self._desk.offers(lambda plan: serves(apps, plan)):
                 yield offer
             while (event := await session.queue.get()) is not None:
                 yield event
+            if session.goodbye is not None:
+                raise session.goodbye
         finally:
             self._desk.followers.leave(session)
 
@@ -150,6 +175,7 @@ class _ClientService:
         if isinstance(answer, bytes):
             return pb.AdmitResponse(ticket=answer)
         if isinstance(answer, Receipt):
+            self._desk.answered(key)
             return pb.AdmitResponse(receipt=receipt_to_proto(answer))
         return pb.AdmitResponse(retry_after_ms=answer)
 
@@ -181,6 +207,7 @@ class _ClientService:
                 raise RoundClosed("the ticket was given for another update; ask to be admitted with this one")
             incoming = await self._receive(first, frames, claim, header.ticket_bytes)
             receipt = await self._hand_in(claim, incoming)
+        self._desk.answered(claim.key)
         return pb.UploadResponse(receipt=receipt_to_proto(receipt))
 
     async def _hand_in(self, claim: Claim, incoming: Incoming) -> Receipt:
@@ -256,6 +283,14 @@ class _OperatorService:
             for view in views
         ]
         return pb.ListClientsResponse(clients=clients)
+
+
+def reachable(bound: str, advertise: str = "") -> str:
+    """Where clients reach a server: as ``advertise`` says, else where it is bound; empty where that is a wildcard."""
+    host, _, port = (advertise or bound).rpartition(":")
+    if host in WILDCARDS:
+        return ""
+    return f"{host}:{bound.rpartition(':')[2]}" if port == "0" else f"{host}:{port}"
 
 
 def _client() -> ClientRef:

@@ -54,8 +54,8 @@ class LocalCombiner:
         self.region = RegionHost(self._kit, self._directory, (self._controller,), self._region_settings)
         self.region.start()
         try:
-            for number in range(self._num_intakes):
-                await self._start_intake(f"intake-{number}", self._listen)
+            for _ in range(self._num_intakes):
+                await self.add_intake()
         except BaseException:
             await self._end()
             raise
@@ -82,8 +82,14 @@ class LocalCombiner:
         await dead.stop(grace_s=0)
         self.intakes[number] = await self._make_intake(dead.desk.name, dead.address)
 
-    async def _start_intake(self, name: str, listen: str) -> None:
-        self.intakes.append(await self._make_intake(name, listen))
+    async def add_intake(self) -> IntakeHost:
+        """One intake more; clients learn of it by the endpoint list."""
+        self.intakes.append(await self._make_intake(f"intake-{len(self.intakes)}", self._listen))
+        return self.intakes[-1]
+
+    async def kill_intake(self, number: int) -> None:
+        """Stop one intake as a crash would: it does not say so, and the Region finds it silent."""
+        await self.intakes[number].stop(grace_s=0)
 
     async def _make_intake(self, name: str, listen: str) -> IntakeHost:
         intake = IntakeHost(name, self._kit, self.region, self._intake_settings)

@@ -31,6 +31,7 @@ __all__ = [
     "RegionPort",
     "Registration",
     "Report",
+    "Stored",
     "Tick",
     "TickReply",
     "serves",
@@ -141,19 +142,33 @@ class Opening:
 
 @dataclass(frozen=True, kw_only=True)
 class Registration:
+    """``endpoints``: the region's signed list (protobuf), for its clients; empty where none is made yet."""
+
     incarnation: str
     openings: tuple[Opening, ...] = ()
+    endpoints: bytes = b""
+
+
+class Stored(Protocol):
+    """Sums in the object store."""
+
+    async def fetch(self) -> PartialAggregate:
+        """Bring them here. Raises ``StorageError`` where they are gone."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class HandOver:
-    """What one incarnation folded in one attempt. ``partial`` is absent where it folded nothing."""
+    """What one incarnation folded in one attempt, or several of them. ``partial`` is absent where it folded nothing,
+    and where it has stayed in the object store: then ``stored`` gives it.
+    """
 
     incarnation: str
     key: AttemptKey
     seal_id: str
     entries: tuple[Claim, ...] = ()
     partial: PartialAggregate | None = None
+    stored: Stored | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +191,10 @@ class ClientView:
 
 
 class RegionPort(Protocol):
-    """The Region, as an intake calls it. Every call may run twice and does the same then."""
+    """The Region, as an intake calls it. Every call may run twice and does the same then.
+
+    ``address`` of ``register`` is where clients reach the intake; empty where that is not known.
+    """
 
     async def register(self, name: str, address: str, port: IntakePort) -> Registration: ...
     async def tick(self, incarnation: str, tick: Tick) -> TickReply: ...
@@ -190,6 +208,8 @@ class IntakePort(Protocol):
     async def open(self, opening: Opening) -> None: ...
     async def ask_again(self, key: AttemptKey, clients: tuple[ClientRef, ...]) -> None: ...
     async def freeze(self, key: AttemptKey, seal_id: str) -> HandOver: ...
+    async def add(self, hand_overs: tuple[HandOver, ...]) -> HandOver: ...
     async def resume(self, key: AttemptKey, seal_id: str) -> None: ...
     async def close(self, key: AttemptKey, reason: str) -> None: ...
     async def deliver(self, receipts: tuple[Receipt, ...]) -> None: ...
+    async def list_endpoints(self, endpoints: bytes) -> None: ...

@@ -9,12 +9,14 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from combiners.messages import IntakePort
 from hierfl.errors import RegionUnreachable
 
 __all__ = ["IntakeLine"]
+
+T = TypeVar("T")
 
 
 class IntakeLine:
@@ -30,7 +32,12 @@ class IntakeLine:
         timeout_s: float,
         on_lost: Callable[[str], None],
     ) -> None:
-        """``on_lost`` gets the incarnation, once, when a call to it failed or took longer than ``timeout_s``."""
+        """
+        Args:
+            address: As clients reach it, or empty.
+            timeout_s: Of each call.
+            on_lost: Gets the incarnation, once, when a call to it failed or took longer.
+        """
         self.name, self.incarnation, self.address = name, incarnation, address
         self.bytes_in = self.bytes_out = 0
         self.heard_at_s = time.monotonic()
@@ -44,6 +51,18 @@ class IntakeLine:
         result.add_done_callback(_seen)
         self._calls.put_nowait((call, result))
         return result
+
+    async def borrow(self, call: Callable[[IntakePort], Awaitable[T]]) -> T:
+        """Have the intake do what another could do as well: out of the order, and where it fails nothing is lost.
+
+        Raises:
+            RegionUnreachable: It did not do it.
+        """
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await call(self._port)
+        except Exception as error:  # noqa: BLE001 - whatever it was, another does it
+            raise RegionUnreachable(f"{self.name} did not do it: {error}") from None
 
     async def close(self) -> None:
         """Let go of the intake; calls that wait fail."""

@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Protocol
 
 from combiners.cohort import Standing
+from combiners.directory import Directory
 from combiners.events import (
     ClientDeclined,
     ClientJoined,
@@ -40,6 +41,8 @@ from combiners.ports import IntakeLine
 from combiners.region import Region
 from combiners.settings import RegionSettings
 from combiners.zone import ZoneStore
+from hierfl.endpoints import Endpoint
+from hierfl.pki import Kit
 from hierfl.receipts import Reason, Receipt, ReceiptState
 from hierfl.types import ClientRef, UpdateKey
 from hierfl.wire import hierfl_pb2 as pb
@@ -56,6 +59,7 @@ REFUSED_FOR_GOOD = (Reason.LATE, Reason.WEIGHT_SHARE, Reason.TOO_FEW_SITES, Reas
 class Shell(Protocol):
     """What the reception needs of its host."""
 
+    kit: Kit
     region: Region
     store: ZoneStore
     settings: RegionSettings
@@ -77,6 +81,7 @@ class Reception:
         self._joined_at_s: dict[ClientRef, float] = {}
         self._bytes_before = [0, 0]
         """In and out, of incarnations that are gone."""
+        self._directory = Directory(shell.kit, shell.region.region_epoch, shell.settings.settle_s)
 
     def at_intakes(self, call: Callable[[IntakePort], Coroutine[Any, Any, None]]) -> None:
         """Call every live intake, in the order of calls to each."""
@@ -96,8 +101,18 @@ class Reception:
         self.lines[incarnation] = IntakeLine(
             name, incarnation, address, port, timeout_s=self._shell.settings.freeze_s, on_lost=self._lost
         )
+        self._directory.changed()
         self._shell.apply(IntakeJoined(incarnation))
-        return Registration(incarnation=incarnation, openings=self._shell.region.openings())
+        return Registration(
+            incarnation=incarnation, openings=self._shell.region.openings(), endpoints=self._directory.newest
+        )
+
+    async def list_intakes(self) -> None:
+        """Tell clients, by their intakes, where the region's intakes are, whenever that has changed."""
+        await self._directory.run(
+            lambda: [Endpoint(name=line.name, address=line.address) for line in self.lines.values()],
+            lambda signed: self.at_intakes(lambda port: port.list_endpoints(signed)),
+        )
 
     def _lost(self, incarnation: str) -> None:
         if incarnation in self.lines:
@@ -109,6 +124,7 @@ class Reception:
         """Let go of an incarnation."""
         line = self.lines.pop(incarnation, None)
         if line is not None:
+            self._directory.changed()
             self._bytes_before[0] += line.bytes_in
             self._bytes_before[1] += line.bytes_out
             self._shell.spawn(line.close())

@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from combiners.events import Seal
+from combiners.merging import checked_sums
 from combiners.messages import HandOver
 from combiners.region import contribution
 from combiners.sealed import Sealed, seal
 from hierfl.aggregation import Accumulator, PartialAggregate
 from hierfl.border import merkle_root
-from hierfl.errors import ValueOutOfRange
 from hierfl.plan import Plan
 from hierfl.records import update_statement
 from hierfl.residency import ZonePolicy, release
@@ -49,11 +49,7 @@ def _add_up(plan: Plan, hand_overs: Sequence[HandOver], num_sites: int) -> Parti
     """One sum over all incarnations; each has the weight of the claims it lists."""
     total = Accumulator(plan.task.groups)
     for hand_over in hand_overs:
-        partial = hand_over.partial
-        weight = sum(entry.weight for entry in hand_over.entries)
-        found = (0, 0) if partial is None else (partial.weight, partial.num_updates)
-        if found != (weight, len(hand_over.entries)):
-            raise ValueOutOfRange(f"{hand_over.incarnation} handed over sums of another weight than its claims have")
+        partial = checked_sums(hand_over)
         if partial is not None:
             total.add(partial)
     return total.partial(num_sites)

@@ -20,6 +20,8 @@ class RegionSettings:
     """Seconds in which an intake has to answer; one that does not is void."""
     intake_silence_s: float = 15.0
     """Seconds without a tick after which an intake is void."""
+    settle_s: float = 2.0
+    """Seconds without a change after which a new endpoint list is made: an intake that restarts soon moves nobody."""
     capacity: int = 8
     """Runs served at once."""
     keep_partial_bytes: int = 2**30

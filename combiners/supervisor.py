@@ -63,6 +63,8 @@ class CombinerSettings:
     """Addresses of the controller; empty: the kit's."""
     listen: tuple[str, ...] = ("127.0.0.1:0",)
     """One for each intake; a single one with port 0 is for all."""
+    advertise: tuple[str, ...] = ()
+    """As clients reach the intakes, by the same rule; port 0: the port that it listens on. Empty: as ``listen``."""
     intakes: int = 1
     ray_address: str = ""
     """Of a cluster to join; empty: a local one of its own."""
@@ -72,15 +74,20 @@ class CombinerSettings:
     def __post_init__(self) -> None:
         if self.intakes < 1:
             raise ConfigError("--intakes", self.intakes, "must be at least 1")
-        for one in (*self.listen, *self.controllers):
+        for one in (*self.listen, *self.advertise, *self.controllers):
             self._port(one)
-        if len(self.listen) not in (1, self.intakes):
+        self._check_one_each("--listen", self.listen)
+        if self.advertise:
+            self._check_one_each("--advertise", self.advertise)
+
+    def _check_one_each(self, option: str, addresses: tuple[str, ...]) -> None:
+        if len(addresses) not in (1, self.intakes):
             raise ConfigError(
-                "--listen", ", ".join(self.listen), f"must be given once, or once for each of {self.intakes} intakes"
+                option, ", ".join(addresses), f"must be given once, or once for each of {self.intakes} intakes"
             )
-        if len(self.listen) < self.intakes and self._port(self.listen[0]):
+        if len(addresses) < self.intakes and self._port(addresses[0]):
             raise ConfigError(
-                "--listen", self.listen[0], "is one fixed port for several intakes; give each its own, or port 0"
+                option, addresses[0], "is one fixed port for several intakes; give each its own, or port 0"
             )
 
     @staticmethod
@@ -93,6 +100,10 @@ class CombinerSettings:
     def listen_of(self, number: int) -> str:
         """Where intake ``number`` listens."""
         return self.listen[number if len(self.listen) > 1 else 0]
+
+    def advertise_of(self, number: int) -> str:
+        """Where clients reach intake ``number``; empty: where it listens."""
+        return self.advertise[number if len(self.advertise) > 1 else 0] if self.advertise else ""
 
 
 class Combiner:
@@ -303,7 +314,9 @@ async def _start_intake(
     host, port = Address.parse(settings.listen_of(number))
     for attempt in range(PORT_TRIES):
         chosen = f"{host}:{port or _free_port(host)}"
-        handle = remote_intake().remote(f"intake-{number}", kit, directory, chosen, REGION, settings.intake)
+        handle = remote_intake().remote(
+            f"intake-{number}", kit, directory, chosen, settings.advertise_of(number), REGION, settings.intake
+        )
         try:
             await _made(handle)
         except PortInUse:

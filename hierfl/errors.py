@@ -22,6 +22,7 @@
             ValueOutOfRange       NaN, infinity, or above the plan's cap
             TransferIncomplete    ended before its last chunk
         Unreachable               nobody answers there: wait, or check address and network
+            ComeBack              as many are there as can be: come back after the time given
         RegionError               confined to one region; the round goes on without it
             RegionUnreachable     retry until the round's deadline
             RegionRejected        do not retry
@@ -49,6 +50,7 @@ __all__ = [
     "CertificateExpired",
     "CertificateMissing",
     "CertificateUntrusted",
+    "ComeBack",
     "ConfigError",
     "ConfigErrors",
     "DigestMismatch",
@@ -264,6 +266,19 @@ class Unreachable(HierFLError):
 
     code = "HFL-501"
     exit_code = 6
+
+
+class ComeBack(Unreachable):
+    """The server has as many clients as it takes at once. Args: the sentence, and ``after_s`` to come back after."""
+
+    code = "HFL-502"
+
+    def __init__(self, sentence: str, after_s: float) -> None:
+        super().__init__(sentence, after_s)
+        self.after_s = float(after_s)
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class RegionError(HierFLError):

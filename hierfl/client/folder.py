@@ -4,6 +4,7 @@ DIR/<region>.<site>.<client>/
     lock.sqlite      one process at a time
     updates/ local/  hierfl/client/held.py
     leader_epoch     the highest that this client has obeyed
+    endpoints        the newest list of the region's intakes
     failures/        tracebacks of user code; they never leave the site
 """
 

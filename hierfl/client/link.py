@@ -1,8 +1,9 @@
 """The connection to the combiner: the only place of the SDK that speaks gRPC. It dials out and never listens.
 
-A link that breaks is dialled again, at the next of the kit's addresses, with growing pauses and for as
-long as the client runs; what it waits for is said in words. The kit is read anew each time, so that a
-renewed certificate needs no restart.
+A link that breaks is dialled again, at the next address that ``hierfl/client/intakes.py`` has, with growing
+pauses or when the combiner said, and for as long as the client runs; what it waits for is said in words. A
+client that is not where it belongs moves there when it has nothing to do. The kit is read anew each time, so
+that a renewed certificate needs no restart.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from hierfl.wire import tls  # before gRPC, which it silences: errors are ours t
 # isort: split
 import grpc
 
+from hierfl.client.intakes import Intakes, Target
 from hierfl.errors import (
+    ComeBack,
     ConfigError,
     HierFLError,
     IdentityError,
@@ -42,6 +45,15 @@ __all__ = ["Link", "Waits", "checked", "probe"]
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 SMALL_UPDATE_BYTES = 65_536
 """Of values: what is not larger is handed in with the request, which saves a stream."""
+DIAL_S = 10.0
+"""In which an intake of the list has to answer; the kit's addresses have as long as any call."""
+SPREAD_S = 2.0
+"""Clients that move because of a new list do so within this time, not all at once."""
+FIRST_HOMING_S, LONGEST_HOMING_S = 5.0, 600.0
+"""Pauses between tries of the intake that the client belongs to, while another one serves it."""
+MOST_AWAY_S = 1800.0
+"""No server keeps a client away for longer."""
+JITTER = 0.25
 REMIND_S = 60.0
 """A wait is said again after so long, and whenever its reason changes."""
 
@@ -51,18 +63,24 @@ Say = Callable[[str], None]
 class Link:
     """One client's connection. A call made while it is down raises ``Unreachable``."""
 
-    def __init__(self, kit: Kit, apps: Sequence[tuple[str, str]], say: Say) -> None:
+    def __init__(self, kit: Kit, apps: Sequence[tuple[str, str]], intakes: Intakes, say: Say) -> None:
         """
         Args:
             kit: Of a client, with the combiner's addresses.
             apps: (name, version) of what runs here.
+            intakes: What the client knows of its region's intakes.
             say: Takes a sentence for the site's administrator.
         Raises:
             ConfigError: The kit is not a client's, or names no address.
         """
         self.kit = checked(kit)
         self.client: ClientRef = kit.identity.client_ref
+        self.is_idle = asyncio.Event()
+        """Set by the client while it has nothing to do: the only time at which it moves to another intake."""
+        self.is_idle.set()
         self._apps = [pb.App(name=name, version=version) for name, version in apps]
+        self._intakes, self._listed = intakes, asyncio.Event()
+        self._is_moving = False
         self._say = say
         self._up = asyncio.Event()
         self._stub: Any = None
@@ -70,36 +88,107 @@ class Link:
 
     async def events(self) -> AsyncIterator[pb.FollowResponse]:
         """What the combiner sends, over as many connections as it takes. Each begins with a ``welcome``."""
-        turn = 0
         while True:
+            target, after_s = None, 0.0
             try:
                 self._reload_kit()
-                address = self.kit.addresses[turn % len(self.kit.addresses)]
-                async with connected(self.kit, address) as stub:
-                    async for event in self._follow(stub, address):
+                target = self._intakes.targets(self.kit.addresses)[0]
+                async with connected(self.kit, target.address, DIAL_S if target.name else None) as stub:
+                    async for event in self._follow(stub, target):
                         yield event
-                reason = f"the combiner at {address} closed the connection"
+                reason = f"the combiner at {target.address} closed the connection"
+            except ComeBack as error:
+                reason = str(error)
+                belongs_here = target == self._intakes.targets(self.kit.addresses)[0]
+                after_s = error.after_s if belongs_here else 0.0  # there may be room where it belongs
             except HierFLError as error:
                 reason = str(error)
+                if target is not None and not self._up.is_set():
+                    self._intakes.failed(target)
             finally:
                 self._up.clear()
-            turn += 1
-            await asyncio.sleep(self._waits.next_pause_s(reason, every=len(self.kit.addresses)))
+            if self._is_moving:
+                self._is_moving = False
+                continue
+            every = len(self._intakes.targets(self.kit.addresses))
+            await asyncio.sleep(self._waits.next_pause_s(reason, every, after_s))
 
-    async def _follow(self, stub: Any, address: str) -> AsyncIterator[pb.FollowResponse]:
-        stream = stub.Follow(pb.FollowRequest(apps=self._apps))
+    async def _follow(self, stub: Any, target: Target) -> AsyncIterator[pb.FollowResponse]:
+        epoch, version = self._intakes.age
+        stream = stub.Follow(pb.FollowRequest(apps=self._apps, endpoints_epoch=epoch, endpoints_version=version))
+        homing: asyncio.Task[None] | None = None
         try:
             async for event in stream:
-                if event.WhichOneof("event") == "welcome":
-                    self._stub = stub
-                    self._up.set()
-                    self._waits.over()
-                    self._say(f"connected to the combiner of {self.client.region} at {address}; waiting for a round")
+                kind = event.WhichOneof("event")
+                if kind == "endpoints":
+                    self._take_list(event.endpoints)
+                    continue
+                if kind == "welcome":
+                    self._welcomed(stub, target, event.welcome)
+                    homing = homing or asyncio.create_task(self._homing(stream, event.welcome.intake or target.name))
                 yield event
         except grpc.RpcError as error:
             raise stub.error(error) from None
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if not self._is_moving or (task is not None and task.cancelling()):
+                raise
         finally:
+            if homing is not None:
+                homing.cancel()
             stream.cancel()
+
+    def _welcomed(self, stub: Any, target: Target, welcome: pb.Welcome) -> None:
+        if welcome.HasField("endpoints"):
+            self._take_list(welcome.endpoints)
+        self._stub = stub
+        self._up.set()
+        self._waits.over()
+        self._intakes.answered(target)
+        self._say(f"connected to the combiner of {self.client.region} at {target.address}; waiting for a round")
+
+    def _take_list(self, message: pb.Endpoints) -> None:
+        self._intakes.take(message, self.kit)
+        self._listed.set()
+
+    async def _homing(self, stream: Any, at: str) -> None:
+        """Where another intake is the client's own: end this stream once that one answers and nothing is going on."""
+        pause_s = 0.0
+        self._listed.clear()
+        while True:
+            home = self._intakes.home
+            is_home = home is None or home.name == at
+            if await self._is_listed_anew(None if is_home else pause_s):
+                pause_s = random.uniform(0, SPREAD_S)  # noqa: S311  as in Waits
+                continue
+            assert home is not None, "without a list there is nothing but a new one to wait for"
+            await self.is_idle.wait()
+            if await self._answers(home) and self.is_idle.is_set() and home == self._intakes.home:
+                self._say(f"moving to {home.name} at {home.address}, which the region's list has for this client")
+                self._is_moving = True
+                stream.cancel()
+                return
+            longer_s = min(max(2 * pause_s, FIRST_HOMING_S), LONGEST_HOMING_S)
+            pause_s = longer_s if self.is_idle.is_set() else pause_s
+
+    async def _is_listed_anew(self, within_s: float | None) -> bool:
+        """Whether another list came within so many seconds."""
+        try:
+            async with asyncio.timeout(within_s):
+                await self._listed.wait()
+        except TimeoutError:
+            return False
+        self._listed.clear()
+        return True
+
+    async def _answers(self, home: Target) -> bool:
+        try:
+            async with connected(self.kit, home.address, DIAL_S):
+                self._intakes.answered(home)
+                return True
+        except HierFLError:
+            self._intakes.failed(home)
+            return False
 
     def _reload_kit(self) -> None:
         """Take up a renewed certificate, or new addresses. A kit that is being replaced is not there for a moment."""
@@ -204,9 +293,11 @@ def checked(kit: Kit) -> Kit:
 
 
 @asynccontextmanager
-async def connected(kit: Kit, address: str) -> AsyncIterator[Any]:
+async def connected(kit: Kit, address: str, patience_s: float | None = None) -> AsyncIterator[Any]:
     """A stub of the combiner at ``address`` after its hello; the channel is closed at the end.
 
+    Args:
+        patience_s: Seconds in which it has to answer; as any call where not given.
     Raises:
         Unreachable, VersionMismatch, IdentityError: No combiner of the kit's region answers there.
     """
@@ -214,7 +305,11 @@ async def connected(kit: Kit, address: str) -> AsyncIterator[Any]:
     channel = tls.open_channel(kit, address, server)
     try:
         stub = rpc.stub(channel, "CombinerService")
-        await rpc.hello(stub, f"the combiner of {kit.identity.region}", address)
+        try:
+            async with asyncio.timeout(patience_s):
+                await rpc.hello(stub, f"the combiner of {kit.identity.region}", address)
+        except TimeoutError:
+            raise Unreachable(f"the combiner at {address} did not answer within {patience_s:g} s") from None
         yield stub
     finally:
         await channel.close()
@@ -245,13 +340,24 @@ class Waits:
         """It went well: the next pause is the first again."""
         self._tries, self._reason = 0, ""
 
-    def next_pause_s(self, reason: str, every: int = 1) -> float:
-        """Seconds until the next try; they grow after ``every`` tries, one for each address."""
+    def next_pause_s(self, reason: str, every: int = 1, after_s: float = 0.0) -> float:
+        """Seconds until the next try.
+
+        Args:
+            reason: Why there has to be another, in words.
+            every: They grow after so many tries, one for each address.
+            after_s: What the other side said; then it is that, and a little more.
+        """
+        self._speak(reason)
+        if after_s > 0:
+            return min(after_s, MOST_AWAY_S) * random.uniform(1.0, 1.0 + JITTER)  # noqa: S311  as below
         steps = min(self._tries // every, 10)
         self._tries += 1
+        spread = random.uniform(0.5, 1.0)  # noqa: S311  so that many clients do not come at once; no secret
+        return min(self._longest_s, FIRST_PAUSE_S * 2.0**steps) * spread
+
+    def _speak(self, reason: str) -> None:
         now_s = time.monotonic()
         if reason != self._reason or now_s - self._said_at_s > REMIND_S:
             self._say(f"{reason}; trying again until it does")
             self._reason, self._said_at_s = reason, now_s
-        spread = random.uniform(0.5, 1.0)  # noqa: S311  so that many clients do not come at once; no secret
-        return min(self._longest_s, FIRST_PAUSE_S * 2.0**steps) * spread

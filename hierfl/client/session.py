@@ -23,6 +23,7 @@ from hierfl import observe
 from hierfl.client.courier import TRY_AGAIN, Courier
 from hierfl.client.folder import ClientFolder
 from hierfl.client.held import Held, Work, encode_update
+from hierfl.client.intakes import Intakes
 from hierfl.client.link import Link, checked
 from hierfl.client.models import FetchedModel, ModelCache, OwnModels
 from hierfl.client.offers import SitePolicy, accept, check_groups, decline_code
@@ -98,9 +99,10 @@ class Session:
         self.site = site
         self.client = checked(kit).identity.client_ref
         app = site.policy.app
-        self.link = Link(kit, [(app.name, app.version)], self.say)
-        self.courier = Courier(self.link, self.say)
         self.folder = ClientFolder(directory, self.client)
+        intakes = Intakes(kit, self.folder.path / "endpoints", self.say)
+        self.link = Link(kit, [(app.name, app.version)], intakes, self.say)
+        self.courier = Courier(self.link, self.say)
         self.updates = self.folder.updates
         self._answers: dict[Work, _Answer] = {}
         self._newest_round: dict[RunId, int] = {}
@@ -195,6 +197,7 @@ class Session:
         if answer is not None:
             self._call_back(work, answer)
         answer = self._answers[work] = _Answer(plan)
+        self.link.is_idle.clear()
         answer.task = self._spawn(self._run_answer(work, answer, traceparent))
 
     def _on_receipt(self, receipt: Receipt) -> None:
@@ -229,9 +232,14 @@ class Session:
                     self._call_back(work, answer)
 
     def _call_back(self, work: Work, answer: _Answer) -> None:
-        del self._answers[work]
+        self._drop_answer(work)
         if answer.task is not None:
             answer.task.cancel()
+
+    def _drop_answer(self, work: Work) -> None:
+        del self._answers[work]
+        if not self._answers:
+            self.link.is_idle.set()
 
     def _forget_earlier(self, plan: Plan) -> None:
         """The run has moved on: no attempt at an earlier round can come any more."""
@@ -264,7 +272,7 @@ class Session:
             await self._on_failure(answer, TaskFailed("train_error", sentence, traceback.format_exc()))
         finally:
             if self._answers.get(work) is answer:
-                del self._answers[work]
+                self._drop_answer(work)
 
     async def _answer(self, work: Work, answer: _Answer) -> None:
         held, outgoing = await self._find_held(work)

@@ -92,10 +92,14 @@ class FetchModelRequest(_message.Message):
     def __init__(self, model_hash: _Optional[str] = ..., from_chunk: _Optional[int] = ..., descriptor_digest: _Optional[str] = ...) -> None: ...
 
 class FollowRequest(_message.Message):
-    __slots__ = ("apps",)
+    __slots__ = ("apps", "endpoints_epoch", "endpoints_version")
     APPS_FIELD_NUMBER: _ClassVar[int]
+    ENDPOINTS_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    ENDPOINTS_VERSION_FIELD_NUMBER: _ClassVar[int]
     apps: _containers.RepeatedCompositeFieldContainer[App]
-    def __init__(self, apps: _Optional[_Iterable[_Union[App, _Mapping]]] = ...) -> None: ...
+    endpoints_epoch: int
+    endpoints_version: int
+    def __init__(self, apps: _Optional[_Iterable[_Union[App, _Mapping]]] = ..., endpoints_epoch: _Optional[int] = ..., endpoints_version: _Optional[int] = ...) -> None: ...
 
 class App(_message.Message):
     __slots__ = ("name", "version")
@@ -106,22 +110,38 @@ class App(_message.Message):
     def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ...) -> None: ...
 
 class FollowResponse(_message.Message):
-    __slots__ = ("offer", "receipt", "withdrawal", "welcome")
+    __slots__ = ("offer", "receipt", "withdrawal", "welcome", "endpoints")
     OFFER_FIELD_NUMBER: _ClassVar[int]
     RECEIPT_FIELD_NUMBER: _ClassVar[int]
     WITHDRAWAL_FIELD_NUMBER: _ClassVar[int]
     WELCOME_FIELD_NUMBER: _ClassVar[int]
+    ENDPOINTS_FIELD_NUMBER: _ClassVar[int]
     offer: Offer
     receipt: Receipt
     withdrawal: Withdrawal
     welcome: Welcome
-    def __init__(self, offer: _Optional[_Union[Offer, _Mapping]] = ..., receipt: _Optional[_Union[Receipt, _Mapping]] = ..., withdrawal: _Optional[_Union[Withdrawal, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ...) -> None: ...
+    endpoints: Endpoints
+    def __init__(self, offer: _Optional[_Union[Offer, _Mapping]] = ..., receipt: _Optional[_Union[Receipt, _Mapping]] = ..., withdrawal: _Optional[_Union[Withdrawal, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., endpoints: _Optional[_Union[Endpoints, _Mapping]] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("incarnation",)
+    __slots__ = ("incarnation", "endpoints", "intake")
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    ENDPOINTS_FIELD_NUMBER: _ClassVar[int]
+    INTAKE_FIELD_NUMBER: _ClassVar[int]
     incarnation: str
-    def __init__(self, incarnation: _Optional[str] = ...) -> None: ...
+    endpoints: Endpoints
+    intake: str
+    def __init__(self, incarnation: _Optional[str] = ..., endpoints: _Optional[_Union[Endpoints, _Mapping]] = ..., intake: _Optional[str] = ...) -> None: ...
+
+class Endpoints(_message.Message):
+    __slots__ = ("document", "signature", "certificate")
+    DOCUMENT_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
+    document: bytes
+    signature: bytes
+    certificate: bytes
+    def __init__(self, document: _Optional[bytes] = ..., signature: _Optional[bytes] = ..., certificate: _Optional[bytes] = ...) -> None: ...
 
 class Withdrawal(_message.Message):
     __slots__ = ("key", "reason")

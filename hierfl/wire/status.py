@@ -2,7 +2,8 @@
 
 A remote caller learns whose move it is, and no more: an error that is the caller's move travels with its
 sentence, one on the server's own side (a disk, a bug) with a fixed one, its text staying in the server's log.
-An ``ErrorInfo`` (reason: the error's code, domain: ``hierfl``) carries it; several wrong keys take several.
+An ``ErrorInfo`` (reason: the error's code, domain: ``hierfl``) carries it; several wrong keys take several. What
+names a time to come back has a ``RetryInfo`` beside it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import NamedTuple
 
 import grpc
 from google.protobuf import any_pb2
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
@@ -55,6 +56,7 @@ ANSWERS: Mapping[type[HierFLError], Answer] = {
     errors.StaleEpoch: Answer(_Code.ABORTED),
     errors.RunFailed: Answer(_Code.FAILED_PRECONDITION),
     errors.Unreachable: Answer(_Code.UNAVAILABLE, f"the server cannot reach what it needs; {_TRY_LATER}"),
+    errors.ComeBack: Answer(_Code.UNAVAILABLE),
     errors.StorageError: Answer(_Code.UNAVAILABLE, f"the server cannot use its store; {_TRY_LATER}"),
     errors.DiskFull: Answer(_Code.RESOURCE_EXHAUSTED, "the server's disk is full: its operator makes room"),
     errors.Interrupted: Answer(_Code.UNAVAILABLE, "the server is stopping; connect again in a while"),
@@ -78,10 +80,18 @@ def to_status(error: HierFLError) -> grpc.Status:
         info = error_details_pb2.ErrorInfo(reason=one.code, domain=DOMAIN)
         arguments = (answer.words,) if answer.words else one.args
         info.metadata.update({str(n): _encode(argument) for n, argument in enumerate(arguments)})
-        packed = any_pb2.Any()
-        packed.Pack(info)
-        status.details.append(packed)
+        _add_detail(status, info)
+        if isinstance(one, errors.ComeBack):
+            retry = error_details_pb2.RetryInfo()
+            retry.retry_delay.FromMilliseconds(round(1000 * one.after_s))
+            _add_detail(status, retry)
     return rpc_status.to_status(status)
+
+
+def _add_detail(status: status_pb2.Status, detail: Message) -> None:
+    packed = any_pb2.Any()
+    packed.Pack(detail)
+    status.details.append(packed)
 
 
 def is_own_side(error: HierFLError) -> bool:

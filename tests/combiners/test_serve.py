@@ -9,6 +9,7 @@ import sqlite3
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +55,17 @@ def serve(combiner_kit, controller, tmp_path) -> Callable[..., Any]:
         directory = tmp_path / "zone"
         command = ["combiner", "serve", "--kit", str(combiner_kit.path), "--dir", str(directory)]
         rules = ["--controller", controller.address, "--k", "2", "--max-share", "1", "--intakes", "2"]
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "hierfl", *command, *rules, *more), stdout=asyncio.subprocess.PIPE
-        )
+        said = tmp_path / "said"
+        with said.open("ab") as file:
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "hierfl", *command, *rules, *more), stdout=asyncio.subprocess.PIPE, stderr=file
+            )
         try:
             assert process.stdout is not None
             line = await process.stdout.readline()
-            yield Served(process, json.loads(line) | {"note": directory / "ray.json"})
+            yield Served(process, json.loads(line) | {"note": directory / "ray.json", "said": said})
         finally:
+            print(said.read_text(), file=sys.stderr)
             if process.returncode is None:
                 process.terminate()
                 await process.wait()
@@ -101,6 +105,25 @@ async def test_a_round_through_ray_is_counted_and_a_drain_leaves_nothing(
                 pass
         assert await served.stop() == 0
     nothing_is_left(served)
+
+
+async def test_the_sums_of_many_intakes_are_added_through_the_object_store(
+    serve, controller, client_kits, connect, plan
+):
+    plan = replace(plan, min_clients=5)
+    async with serve("--intakes", "5", "--advertise", "combiner.example:0") as served:
+        clients = [await connect(kit, address) for kit, address in zip(client_kits, served.addresses, strict=True)]
+        await controller.offer(plan)
+        await asyncio.gather(*(client.offer() for client in clients))
+        await asyncio.gather(*(client.hand_in(plan, weight=n + 1) for n, client in enumerate(clients)))
+        _, head, partial, _ = await controller.partials.get()
+        assert (head.num_sites, head.num_updates, head.weight) == (5, 5, 15)
+        assert set(partial.sums["train"]) == {15 * 2**32}
+        listed = json.loads((await clients[0].event("endpoints")).document)["endpoints"]
+        ports = [address.rpartition(":")[2] for address in served.addresses]
+        assert [one["address"] for one in listed] == [f"combiner.example:{port}" for port in ports]
+        assert await served.stop() == 0
+        assert "added elsewhere" not in served.ready["said"].read_text()
 
 
 async def persist(connect, kit, address, plan):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from federations import InProcess, directly, noisy_app
 
+from combiners.desk import IntakeSettings
 from combiners.settings import RegionSettings
 from hierfl.client.app import App
 
@@ -26,9 +27,13 @@ def federate(tmp_path: Path):
         app: App | None = None,
         settings: RegionSettings | None = None,
         between: Callable[[str, str], Awaitable[str]] = directly,
+        intake: IntakeSettings | None = None,
+        bootstrap: int | None = None,
     ) -> AsyncIterator[InProcess]:
         directory = tmp_path / f"federation-{next(count)}"
-        federation = InProcess(directory, regions, intakes, app or noisy_app(), settings or RegionSettings(), between)
+        federation = InProcess(
+            directory, regions, intakes, app or noisy_app(), settings or RegionSettings(), between, intake, bootstrap
+        )
         federation.provision()
         async with AsyncExitStack() as stack:
             await federation.start_controller(stack)

@@ -8,7 +8,7 @@ import pickle
 import pytest
 
 from hierfl import errors
-from hierfl.errors import ConfigError, ConfigErrors, HierFLError, NotFound
+from hierfl.errors import ComeBack, ConfigError, ConfigErrors, HierFLError, NotFound
 from hierfl.explain import error_classes, explain, pages
 
 CLASSES = sorted(
@@ -25,6 +25,8 @@ def example(kind: type[HierFLError]) -> HierFLError:
         return ConfigErrors((ConfigError("a.b", 1, "must be 2", "job.toml"), ConfigError("c", None, "is unknown")))
     if kind.__init__ is HierFLError.__init__:
         return kind("one sentence", 2)
+    if kind is ComeBack:
+        return ComeBack("<sentence>", 2.5)
     names = list(inspect.signature(kind.__init__).parameters)[1:]
     return kind(*(f"<{name}>" for name in names))
 

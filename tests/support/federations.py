@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from combiners.desk import IntakeSettings
 from combiners.local import LocalCombiner
 from combiners.settings import RegionSettings
 from controller.app import ControllerApp
@@ -85,9 +86,14 @@ class InProcess:
         app: App,
         settings: RegionSettings,
         between: Callable[[str, str], Awaitable[str]] = directly,
+        intake: IntakeSettings | None = None,
+        bootstrap: int | None = None,
     ) -> None:
+        """``bootstrap``: so many of a region's intakes are in its kits; all where not given."""
         self.directory, self.regions, self.intakes, self.app = directory, regions, intakes, app
-        self.settings = settings
+        if between is not directly:  # a list of the intakes would lead around it
+            settings = replace(settings, settle_s=3600.0)
+        self.settings, self.intake, self.bootstrap = settings, intake, bootstrap
         self._between = between
         self._dialled: dict[str, tuple[str, ...]] = {}
         self.combiners: dict[str, LocalCombiner] = {}
@@ -132,6 +138,7 @@ class InProcess:
             await self._between("controller", self.controller.address),
             intakes=self.intakes,
             listen=listen,
+            intake=self.intake,
             region=replace(self.settings, policy=policy),
         )
         self.combiners[region] = await combiner.__aenter__()
@@ -144,7 +151,7 @@ class InProcess:
         await self._open_combiner(region, address)
 
     def start_clients(self, region: str) -> None:
-        addresses = self._dialled[region]
+        addresses = self._dialled[region][: self.bootstrap]
         for site in self.regions[region]:
             provision.set_addresses(self.kit("sites", region, site, "client-00"), addresses)
         kits = [Kit.load(self.kit("sites", region, site, "client-00")) for site in self.regions[region]]

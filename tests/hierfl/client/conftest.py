@@ -20,7 +20,7 @@ from hierfl.client.offers import SitePolicy
 from hierfl.client.params import make_layout
 from hierfl.client.runner import serve
 from hierfl.client.task import Metrics, Task, Update
-from hierfl.errors import NotFound, RoundClosed
+from hierfl.errors import ComeBack, NotFound, RoundClosed
 from hierfl.layout import Layout, model_hash
 from hierfl.metrics import MetricSpec
 from hierfl.pki import Kit
@@ -156,6 +156,8 @@ class FakeCombiner:
     calls: list[str] = field(default_factory=list)
     refuse_uploads: int = 0
     late_tickets: int = 0
+    full: list[float] = field(default_factory=list)
+    """Seconds after which the next ones that follow are told to come back."""
     after_upload: ReceiptState = ReceiptState.STAGED
 
     def __post_init__(self) -> None:
@@ -229,6 +231,10 @@ class FakeCombiner:
 
     async def Follow(self, request: pb.FollowRequest, context: Any) -> AsyncIterator[pb.FollowResponse]:  # noqa: N802
         client = current_identity().client_ref
+        if self.full:
+            after_s = self.full.pop(0)
+            await self._note("Follow refused")
+            raise ComeBack("as many are here as can be", after_s)
         queue: asyncio.Queue[pb.FollowResponse] = asyncio.Queue()
         self.followers[client] = queue
         await self._note("Follow")

@@ -13,6 +13,7 @@ from typing import Any
 
 import grpc
 import pytest
+from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 
@@ -283,6 +284,7 @@ def _samples() -> list[HierFLError]:
         ),
         errors.NotFound: errors.NotFound("run", "x1", "there is y2"),
         errors.InvalidTransition: errors.InvalidTransition("round", "open", "bang"),
+        errors.ComeBack: errors.ComeBack("as many are here as can be", 2.5),
         errors.ExtraMissing: errors.ExtraMissing("hierfl train", "hierfl[torch]"),
     }
     kinds = [getattr(errors, name) for name in errors.__all__]
@@ -326,6 +328,17 @@ async def test_an_error_that_is_the_callers_move_arrives_as_it_was_raised(raisin
         assert str(rebuilt) == str(error)
         assert rebuilt.exit_code == error.exit_code
         assert str(pickle.loads(pickle.dumps(rebuilt))) == str(error)
+
+
+async def test_a_time_to_come_back_travels_as_such_and_for_other_languages_as_retry_info(raising: Any) -> None:
+    error = errors.ComeBack("as many are here as can be", 2.5)
+    rebuilt = await raising(error)
+    assert isinstance(rebuilt, errors.ComeBack)
+    assert rebuilt.after_s == 2.5
+    (_, details), *_ = to_status(error).trailing_metadata
+    retry = error_details_pb2.RetryInfo()
+    assert any(one.Unpack(retry) for one in status_pb2.Status.FromString(details).details)
+    assert retry.retry_delay.ToMilliseconds() == 2500
 
 
 async def test_an_error_of_the_servers_own_side_keeps_its_words_at_home(

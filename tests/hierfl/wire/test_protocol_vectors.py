@@ -245,6 +245,8 @@ def test_the_documents_table_of_errors_is_the_one_that_servers_use():
         made.args = ("x",)
         if issubclass(kind, errors.NotFound):
             made = errors.NotFound("run", "x")
+        if kind is errors.ComeBack:
+            made = errors.ComeBack("x", 1.0)
         assert to_status(made).code.name == status, code
 
 
