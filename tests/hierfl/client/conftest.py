@@ -20,6 +20,7 @@ from hierfl.client.offers import SitePolicy
 from hierfl.client.params import make_layout
 from hierfl.client.runner import serve
 from hierfl.client.task import Metrics, Task, Update
+from hierfl.encodings import EncodingSpec
 from hierfl.errors import NotFound, RoundClosed
 from hierfl.layout import Layout, model_hash
 from hierfl.metrics import MetricSpec
@@ -112,6 +113,7 @@ def make_plan(model: Model, **changes: Any) -> Plan:
         "groups": groups,
         "metrics": METRICS,
         "evaluate": True,
+        "encoding": EncodingSpec(),
     }
     task.update({name: changes.pop(name) for name in list(changes) if name in task})
     plan = Plan(
