@@ -96,8 +96,8 @@ class Residuals:
         """``left_out``, the file beside an update that was counted, becomes the run's. Again: nothing."""
         if left_out.exists():
             replace_durably(left_out, self._path(run))
-            by_age = sorted(self.folder.glob("*.float32"), key=lambda path: path.stat().st_mtime_ns)
-            for old in by_age[:-KEEP_RUNS]:
+            others = (path for path in self.folder.glob("*.float32") if path != self._path(run))
+            for old in sorted(others, key=lambda path: path.stat().st_mtime_ns)[: 1 - KEEP_RUNS]:
                 old.unlink(missing_ok=True)
 
     def drop(self, run: RunId) -> None:

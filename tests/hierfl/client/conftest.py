@@ -159,6 +159,7 @@ class FakeCombiner:
     refuse_uploads: int = 0
     late_tickets: int = 0
     after_upload: ReceiptState = ReceiptState.STAGED
+    encoding: str = "float32"
 
     def __post_init__(self) -> None:
         self.followers: dict[ClientRef, asyncio.Queue[pb.FollowResponse]] = {}
@@ -271,7 +272,7 @@ class FakeCombiner:
             await rpc.first_frame(frames)
             await self._note("Upload refused")
             await context.abort(grpc.StatusCode.UNAVAILABLE, "try later")
-        incoming = transfer.Incoming(transfer.Expect("update", None, None, 2**24))
+        incoming = transfer.Incoming(transfer.Expect("update", None, None, 2**24, encoding=self.encoding))
         await rpc.frames_of(frames, incoming)
         if self.late_tickets:
             self.late_tickets -= 1
