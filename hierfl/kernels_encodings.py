@@ -3,9 +3,6 @@
 Each stands beside its slow NumPy oracle, with the same bits: widening a bfloat16 is exact, a product of an int8 and
 a step is one float32 multiplication, and the rest is ``hierfl/kernels.py``'s rule. The form follows that module's:
 compiled after ``kernels.warm_up()``, NumPy's until then.
-
-Where ``weight * q`` is at most 2**51 it is made in float64, exactly, and read as an integer from the bits of its sum
-with ``MAGIC``: machines without AVX-512 have neither that conversion nor that product as one instruction.
 """
 
 from __future__ import annotations
@@ -18,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hierfl import kernels
-from hierfl.kernels import BLOCK
+from hierfl.kernels import BLOCK, EXACT, MAGIC, MAGIC_BITS
 from hierfl.types import Float32Array, Int64Array
 
 __all__ = ["NUMPY", "EncodingKernels", "active", "compiled", "warm_up"]
@@ -26,12 +23,6 @@ __all__ = ["NUMPY", "EncodingKernels", "active", "compiled", "warm_up"]
 Int8Array = npt.NDArray[np.int8]
 UInt16Array = npt.NDArray[np.uint16]
 UInt32Array = npt.NDArray[np.uint32]
-
-
-EXACT = 2.0**51
-MAGIC = 1.5 * 2.0**52
-"""Its unit in the last place is 1, and stays 1 with any integer of at most ``EXACT`` in magnitude added."""
-MAGIC_BITS = int(np.float64(MAGIC).view(np.int64))
 
 
 class EncodingKernels(NamedTuple):
