@@ -55,6 +55,7 @@ async def test_every_grouping_makes_the_same_model_from_encoded_updates(federate
         assert found.summary.state == "finished", found.summary.reason
         trained = [item for item in found.rounds if item.task == 1]
         assert [item.num_updates for item in trained] == [6, 6, 6]
+        assert found.summary.updates == updates.encoding
         assert not [line for line in federation.said if "no last word" in line]
         models[num_regions, intakes] = [item.model_hash for item in trained]
     assert len({tuple(hashes) for hashes in models.values()}) == 1, models

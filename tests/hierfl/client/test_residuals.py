@@ -191,6 +191,21 @@ async def test_dense_encodings_keep_nothing_and_travel_by_their_name(
     assert not list(running.directory.rglob("*.residual"))
 
 
+@pytest.mark.parametrize("name", ["bfloat16", "int8", "topk", "randomk"])
+async def test_an_encoded_update_that_is_held_is_sent_after_a_restart_with_the_same_bytes(
+    combiner: Any, running: Any, linear: Any, plan: MakePlan, name: str
+) -> None:
+    combiner.encoding, combiner.refuse_uploads = name, 10**6
+    combiner.offer(plan(encoding=encodings.spec(name)))
+    async with running():
+        await combiner.until(lambda: "Upload refused" in combiner.calls)
+    combiner.refuse_uploads = 0
+    async with running():
+        await combiner.until(lambda: len(combiner.received) == 1)
+    assert len(linear.calls) == 1
+    assert f'"encoding":"{name}"' in next(running.directory.rglob("updates/*.json")).read_text()
+
+
 # --- on disk: at each step a crash leaves the old residual or the new one
 
 
