@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 
 from benchmarks.harness import Figure, alternate, thread_seconds
-from hierfl import kernels
+from hierfl import encodings, kernels_encodings
 from hierfl.aggregation import Accumulator, ColumnGroup, GroupKind, PartialAggregate, Weighting, check_values
 from hierfl.layout import Layout, model_hash
 from hierfl.strategies import Strategy, get
@@ -21,9 +21,11 @@ from hierfl.types import Float32Array
 
 __all__ = ["measure"]
 
-CHUNK_VALUES = 2**20 // 4
+CHUNK_BYTES = 2**20
 WEIGHT = 1000
 TRAIN = "train"
+ENCODINGS = ("float32", "bfloat16", "int8", "topk")
+"""With their defaults: int8 in blocks of 256, one value of a hundred of topk (randomk is folded alike)."""
 
 Actions = Mapping[str, Callable[[], object]]
 
@@ -34,14 +36,16 @@ def measure(seed: int, num_values: int = 25_000_000, repeats: int = 9) -> tuple[
     Raises:
         RuntimeError: numba is not installed: servers never run without it.
     """
-    if not kernels.warm_up():
+    if not kernels_encodings.warm_up():
         raise RuntimeError("numba is not installed: pip install 'hierfl[server]'")
     vector = np.random.default_rng(seed).standard_normal(num_values, np.float32) * np.float32(0.01)
     chunks = received(vector)
     copied = f"copying the update ({4 * num_values / 1e6:g} MB)"
+    encoded = f"copying it as float32 ({4 * num_values / 1e6:g} MB)"
     hashed = "`hashlib.sha256` of the same bytes"
     return (
         *beside(copied, partial(copy, chunks, vector), folding(chunks, num_values), repeats),
+        *beside(encoded, partial(copy, chunks, vector), decoding(vector), repeats),
         *beside(copied, partial(copy, chunks, vector), merging(chunks, vector), repeats),
         *beside(hashed, lambda: hashlib.sha256(vector.data).digest(), hashing(vector), repeats),
     )
@@ -54,10 +58,11 @@ def beside(name: str, yardstick: Callable[[], object], actions: Actions, repeats
     return [Figure(name=key, cpu_s=taken[key], beside=name, beside_cpu_s=taken[name]) for key in actions]
 
 
-def received(vector: Float32Array) -> list[Float32Array]:
+def received(vector: np.ndarray) -> list[np.ndarray]:
     """``vector`` as read-only chunks, each over bytes of its own."""
-    starts = range(0, vector.size, CHUNK_VALUES)
-    return [np.frombuffer(vector[start : start + CHUNK_VALUES].tobytes(), np.float32) for start in starts]
+    full = CHUNK_BYTES // vector.itemsize
+    starts = range(0, vector.size, full)
+    return [np.frombuffer(vector[start : start + full].tobytes(), vector.dtype) for start in starts]
 
 
 def copy(chunks: list[Float32Array], into: Float32Array) -> None:
@@ -75,6 +80,17 @@ def folding(chunks: list[Float32Array], num_values: int) -> Actions:
         "fold an update, 64-bit sums": partial(Accumulator((fixed,)).fold, {TRAIN: chunks}, WEIGHT),
         "fold an update, 128-bit sums": partial(Accumulator((wide,)).fold, {TRAIN: chunks}, WEIGHT),
     }
+
+
+def decoding(vector: Float32Array) -> Actions:
+    """An intake's work on one encoded update: check it, claim it, fold it (which checks it again)."""
+    fixed, actions = group(GroupKind.FIXED, 8.0, vector.size), {}
+    for name in ENCODINGS:
+        encoding = encodings.get(name)
+        wire = {key: received(part) for key, part in encoding.encode(fixed, vector, 0).items()}
+        actions[f"check an update as {name}"] = partial(encoding.check, fixed, wire)
+        actions[f"fold an update as {name}"] = partial(Accumulator((fixed,), encoding).fold, wire, WEIGHT)
+    return actions
 
 
 def check(column_group: ColumnGroup, chunks: list[Float32Array]) -> None:

@@ -33,10 +33,12 @@ import psutil
 
 from benchmarks import harness, wire_limit
 from benchmarks.watching import PARTS, Watch
+from hierfl import encodings
+from hierfl.aggregation import ColumnGroup, GroupKind, Weighting
 from hierfl.client.app import load_app
 from hierfl.client.params import make_layout
 from hierfl.config import FederationConfig, RegionConfig, SiteConfig
-from hierfl.job import Arithmetic, Job, JobHead, RoundRules
+from hierfl.job import Arithmetic, Job, JobHead, RoundRules, UpdateChoice
 from hierfl.local import Federation, serving
 from hierfl.operator import connect
 from hierfl.pki import Kit
@@ -211,12 +213,20 @@ def _shape(asked: Asked, federation: Federation) -> wire_limit.Shape:
         clients=asked.per_region,
         client_processes=max(map(asked.processes, asked.per_region)),
         model_bytes=model_bytes,
-        update_bytes=model_bytes,
+        update_bytes=_update_bytes(asked),
         partial_bytes=model_bytes,
         kits=kits,
         regions=tuple(asked.region_names),
         client_kits=tuple(kits / "sites" / region / f"{region}-00-00" / "client-00" for region in asked.region_names),
     )
+
+
+def _update_bytes(asked: Asked) -> int:
+    """Of one update as it is encoded: the model is one vector of values that are trained."""
+    train = ColumnGroup(
+        name="train", kind=GroupKind.FIXED, s=32, max_abs=8.0, weighting=Weighting.WEIGHT, num_values=asked.params
+    )
+    return encodings.length_bytes(encodings.get(asked.encoding), (train,))
 
 
 async def _rounds(asked: Asked, federation: Federation) -> dict[str, Any]:
@@ -288,6 +298,7 @@ def _job(asked: Asked, free: dict[str, int]) -> Job:
             evaluate_every=0,
         ),
         arithmetic=Arithmetic(k=max(2, min(3, *asked.per_region))),
+        updates=UpdateChoice(encoding=asked.encoding),
         app=free,
     )
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from hierfl import documents
-from hierfl.aggregation import check_values
+from hierfl import documents, encodings
 from hierfl.errors import LayoutMismatch, ValueOutOfRange, WireError
 from hierfl.metrics import check_metric_sums
 from hierfl.plan import Plan
@@ -15,15 +14,15 @@ __all__ = ["check_announced", "check_update", "expect_update"]
 
 def expect_update(plan: Plan, digest: str | None = None) -> Expect:
     """The transfer that an update of this plan is."""
-    vectors = tuple(
-        VectorSpec(name=group.name, dtype="float32", num_values=group.num_values) for group in plan.task.groups
-    )
+    expected = encodings.wire_vectors(plan.task.update_encoding, plan.task.groups)
+    vectors = tuple(VectorSpec(name=name, dtype=dtype, num_values=num_values) for name, dtype, num_values in expected)
     return Expect(
         kind="update",
         layout_hash=plan.base.layout_hash,
         vectors=vectors,
         max_bytes=plan.caps.max_upload_bytes,
         digest=digest,
+        encoding=plan.task.encoding.name,
     )
 
 
@@ -36,7 +35,7 @@ def check_announced(plan: Plan, weight: int, length_bytes: int) -> None:
     """
     if not 1 <= weight <= plan.caps.max_weight:
         raise ValueOutOfRange(f"the update's weight is {weight}: must be from 1 to {plan.caps.max_weight}")
-    expected = 4 * sum(group.num_values for group in plan.task.groups)
+    expected = encodings.length_bytes(plan.task.update_encoding, plan.task.groups)
     if length_bytes != expected:
         raise LayoutMismatch(f"the update has {length_bytes} bytes of values, the plan's layout {expected}")
 
@@ -54,9 +53,5 @@ def check_update(incoming: Incoming, plan: Plan, weight: int) -> UpdateHead:
     if head.base_model_hash != plan.base.model_hash or head.task_hash != plan.task.hash:
         raise WireError("the update was made for another base model or task than this round's; train on this round's")
     check_metric_sums(plan.task.metrics, head.metrics, 1)
-    for group in plan.task.groups:
-        offset = 0
-        for chunk in incoming.chunks[group.name]:
-            check_values(group, chunk, offset)
-            offset += chunk.size
+    encodings.check_update(plan.task.update_encoding, plan.task.groups, incoming.chunks)
     return head

@@ -7,14 +7,15 @@ in ``folded``; one whose claim was granted and that is not there yet is in ``fol
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import Executor
 
 from combiners.messages import Claim, HandOver, Opening
 from hierfl import observe
 from hierfl.aggregation import Accumulator
+from hierfl.encodings import Received
 from hierfl.plan import Plan
-from hierfl.types import ClientRef, Float32Array
+from hierfl.types import ClientRef
 
 __all__ = ["Folding"]
 
@@ -32,7 +33,7 @@ class Folding:
         self.answered: set[ClientRef] = set()
         """Clients that have their receipt, or have said no: they have nothing to do here until asked again."""
         self.is_closed = False
-        self._accumulator = Accumulator(plan.task.groups)
+        self._accumulator = self._new_accumulator()
         self._one_at_a_time = asyncio.Lock()
         self._changed = asyncio.Event()
         self._by_client: dict[ClientRef, asyncio.Lock] = {}
@@ -42,6 +43,9 @@ class Folding:
     def is_frozen(self) -> bool:
         """Whether what is folded has been handed over: nothing is added until the seal is resumed or over."""
         return self._hand_over is not None
+
+    def _new_accumulator(self) -> Accumulator:
+        return Accumulator(self.plan.task.groups, self.plan.task.update_encoding)
 
     def lock_of(self, client: ClientRef) -> asyncio.Lock:
         """Held while one update of ``client`` is claimed and folded: two sessions of it never race."""
@@ -69,7 +73,7 @@ class Folding:
     async def fold(
         self,
         claim: Claim,
-        chunks: Mapping[str, Sequence[Float32Array]],
+        chunks: Received,
         metrics: Mapping[str, int],
         pool: Executor,
     ) -> None:
@@ -108,7 +112,7 @@ class Folding:
     def resume(self) -> None:
         """The seal came to nothing: go on from what was handed over."""
         if self._hand_over is not None:
-            self._accumulator = Accumulator(self.plan.task.groups)
+            self._accumulator = self._new_accumulator()
             if self._hand_over.partial is not None:
                 self._accumulator.add(self._hand_over.partial)
             self._hand_over = None

@@ -19,7 +19,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from combiners.checks import expect_update
 from combiners.desk import Desk, IntakeSettings
 from combiners.messages import App, Claim, HandOver, Opening, RegionPort, serves
-from hierfl import kernels, observe
+from hierfl import kernels_encodings, observe
 from hierfl.errors import ComeBack, NotFound, RoundClosed, Unreachable, WireError
 from hierfl.pki import Kit, verify
 from hierfl.plan import DECLINE_CODES
@@ -67,7 +67,7 @@ class IntakeHost:
         Raises:
             PortInUse: Another program listens there.
         """
-        await asyncio.to_thread(kernels.warm_up)  # not in the first round
+        await asyncio.to_thread(kernels_encodings.warm_up)  # not in the first round
         rpc.add_service(self._server, "CombinerService", _ClientService(self.desk))
         rpc.add_service(self._server, "RegionOperatorService", _OperatorService(self._region))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

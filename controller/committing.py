@@ -51,6 +51,7 @@ def commit_record(
         metrics=dict(total.metrics),
         state_digest=made.state_digest,
         committed_unix_ns=now_unix_ns,
+        updates=attempt.spec.encoding.name,
     )
 
 

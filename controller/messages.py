@@ -85,6 +85,7 @@ def run_summary(run: RunRow) -> pb.RunSummary:
         app=run.job.job.app,
         strategy=run.job.strategy.name,
         exact_in_two_tiers=run.exact_in_two_tiers,
+        updates=run.job.updates.encoding,
     )
 
 

@@ -9,7 +9,8 @@ import re
 from collections.abc import Sequence
 
 from controller.rows import AttemptRow, RunRow
-from hierfl import strategies
+from hierfl import encodings, strategies
+from hierfl.encodings import EncodingSpec
 from hierfl.errors import ConfigError
 from hierfl.job import Job
 from hierfl.layout import Layout
@@ -31,7 +32,7 @@ __all__ = [
 ]
 
 BYTES_PER_VALUE = 4
-"""Models and updates travel as float32."""
+"""Models travel as float32."""
 
 
 def run_id(job: Job, random_hex: str) -> RunId:
@@ -73,12 +74,14 @@ def new_run(
         raise ConfigError(
             "arithmetic.total_weight", caps.total_weight, f"must be at least {least}: regions share it out"
         )
+    groups = strategy.column_groups(layout, max_abs=caps.max_abs, total_weight=caps.total_weight)
+    encodings.length_bytes(encodings.get(job.updates.encoding, job.updates.options), groups)
     return RunRow(
         run=run,
         request_id=request_id,
         job=job,
         regions=tuple(regions),
-        groups=strategy.column_groups(layout, max_abs=caps.max_abs, total_weight=caps.total_weight),
+        groups=groups,
         exact_in_two_tiers=strategy.exact_in_two_tiers,
         layout_hash=layout.hash,
         num_params=layout.num_params,
@@ -113,6 +116,7 @@ def _task_spec(run: RunRow, wish: OpenAttempt) -> TaskSpec:
         groups=run.groups if train else (),
         metrics=STANDARD_METRICS,
         evaluate=not train or (every > 0 and (wish.round - 1) % every == 0),
+        encoding=encodings.spec(run.job.updates.encoding, run.job.updates.options) if train else EncodingSpec(),
     )
 
 
@@ -123,7 +127,6 @@ def _region_weight(run: RunRow) -> int:
 
 def plan_for(run: RunRow, attempt: AttemptRow, region: RegionId, federation: str) -> Plan:
     """What one region is asked in an attempt. The same values give the same bytes: it can be signed again."""
-    upload_values = sum(group.num_values for group in run.groups)
     return Plan(
         federation=federation,
         region=region,
@@ -141,7 +144,7 @@ def plan_for(run: RunRow, attempt: AttemptRow, region: RegionId, federation: str
         caps=Caps(
             max_weight=run.job.arithmetic.max_weight,
             region_weight=_region_weight(run),
-            max_upload_bytes=upload_values * BYTES_PER_VALUE,
+            max_upload_bytes=encodings.length_bytes(attempt.spec.update_encoding, attempt.spec.groups),
         ),
         k=run.job.arithmetic.k,
         min_clients=run.job.round.min_clients,

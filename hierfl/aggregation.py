@@ -8,16 +8,19 @@ IEEE float64 operations that have one right answer (``+ - * /``, ``sqrt``, compa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from hierfl import kernels, limbs
+from hierfl import limbs
 from hierfl.columns import ColumnGroup, GroupKind, Weighting, check_values, choose_scale
+from hierfl.encodings.base import Encoding, Received
+from hierfl.encodings.plain import PLAIN
+from hierfl.encodings.update import encoding_of, wire_vectors
 from hierfl.errors import InvalidTransition, LayoutMismatch, ValueOutOfRange
 from hierfl.metrics import add_metrics
-from hierfl.types import Float32Array, Float64Array, Int64Array
+from hierfl.types import Float64Array, Int64Array
 
 __all__ = [
     "FINISH_BLOCK",
@@ -160,8 +163,10 @@ class Accumulator:
     ``partial()`` it takes no more: the sums are handed over, not copied.
     """
 
-    def __init__(self, groups: tuple[ColumnGroup, ...]) -> None:
+    def __init__(self, groups: tuple[ColumnGroup, ...], encoding: Encoding = PLAIN) -> None:
+        """``encoding`` is that of the updates to be folded; sums made elsewhere have none."""
         self.groups = groups
+        self.encoding = encoding
         self.weight = 0
         self.num_updates = 0
         self.metrics: dict[str, int] = {}
@@ -174,18 +179,16 @@ class Accumulator:
         """Bytes of all sums: depends on the model, not on the number of clients."""
         return sum(array.nbytes for array in self._sums.values())
 
-    def fold(
-        self, vectors: Mapping[str, Sequence[Float32Array]], weight: int, metrics: Mapping[str, int] | None = None
-    ) -> None:
+    def fold(self, vectors: Received, weight: int, metrics: Mapping[str, int] | None = None) -> None:
         """Add one update, wholly or not at all.
 
         Args:
-            vectors: Per group the chunks of its vector in order, each of shape ``(n,)``, float32; views on received
-                messages will do.
+            vectors: Per wire vector its chunks in order, each of shape ``(n,)`` and of the encoding's dtype, which is
+                float32 where there is none; views on received messages will do.
             weight: The update's aggregation weight, 1 to ``MAX_WEIGHT``.
             metrics: The update's quantised metrics.
         Raises:
-            LayoutMismatch: Other vectors, lengths or dtypes than the groups'.
+            LayoutMismatch: Other vectors, lengths or dtypes than the plan's.
             ValueOutOfRange: Names the value out of range, or the weight, metric or group without room.
         """
         self._require_open("fold")
@@ -193,7 +196,7 @@ class Accumulator:
             raise ValueOutOfRange(f"an update's weight is {weight}: must be from 1 to {MAX_WEIGHT}")
         for group in self.groups:
             group.require_room(self.weight + weight, self.num_updates + 1)
-        _check_chunks(self.groups, vectors)
+        self._check_chunks(vectors)
         summed = add_metrics(self.metrics, metrics or {})
         self._fold_values(vectors, weight)
         self.metrics = summed
@@ -231,49 +234,27 @@ class Accumulator:
         if self._handed_over:
             raise InvalidTransition("accumulator", "handed over", event)
 
-    def _fold_values(self, vectors: Mapping[str, Sequence[Float32Array]], weight: int) -> None:
-        folded: list[tuple[ColumnGroup, int, Float32Array]] = []
-        for group, offset, chunk in _placed(self.groups, vectors):
-            count = self._fold_chunk(group, offset, chunk, group.multiplier(weight))
-            folded.append((group, offset, chunk[:count]))
-            if count < chunk.size:
-                for done in folded:  # integers: taking them away again is exact
-                    self._fold_chunk(*done, -done[0].multiplier(weight))
-                check_values(group, chunk, offset)
+    def _fold_values(self, vectors: Received, weight: int) -> None:
+        for count, group in enumerate(self.groups):
+            if not self._fold_group(group, vectors, group.multiplier(weight)):
+                for done in self.groups[:count]:  # integers: taking them away again is exact
+                    self._fold_group(done, vectors, -done.multiplier(weight))
+                encoding_of(self.encoding, group).check(group, vectors)
 
-    def _fold_chunk(self, group: ColumnGroup, offset: int, chunk: Float32Array, multiplier: int) -> int:
-        stop = offset + chunk.size
-        sums, scale = self._sums[group.name], float(2**group.s)
-        if group.kind is GroupKind.WIDE:
-            high, low = sums[0, offset:stop], sums[1, offset:stop].view(np.uint64)
-            return kernels.active().fold_wide(high, low, chunk, group.limit, scale, multiplier)
-        return kernels.active().fold_fixed(sums[offset:stop], chunk, group.limit, scale, multiplier)
+    def _fold_group(self, group: ColumnGroup, vectors: Received, multiplier: int) -> bool:
+        return encoding_of(self.encoding, group).fold(self._sums[group.name], group, vectors, multiplier)
 
-
-def _placed(
-    groups: tuple[ColumnGroup, ...], vectors: Mapping[str, Sequence[Float32Array]]
-) -> Iterator[tuple[ColumnGroup, int, Float32Array]]:
-    """Every chunk with its group and the index of its first value."""
-    for group in groups:
-        offset = 0
-        for chunk in vectors[group.name]:
-            yield group, offset, chunk
-            offset += chunk.size
-
-
-def _check_chunks(groups: tuple[ColumnGroup, ...], vectors: Mapping[str, Sequence[Float32Array]]) -> None:
-    if set(vectors) != {group.name for group in groups}:
-        raise LayoutMismatch(f"vectors are {sorted(vectors)}, the plan has {[group.name for group in groups]}")
-    for group in groups:
-        chunks = vectors[group.name]
-        if any(chunk.dtype != np.float32 or chunk.ndim != 1 or not chunk.flags.c_contiguous for chunk in chunks):
-            raise LayoutMismatch(f"vector {group.name!r} must come as contiguous float32 chunks of one dimension")
-        length = sum(chunk.size for chunk in chunks)
-        if length != group.num_values:
-            raise LayoutMismatch(f"vector {group.name!r} has {length} values, the plan {group.num_values}")
-    for group, offset, chunk in _placed(groups, vectors):
-        if group.kind is GroupKind.COUNT:  # the fold itself does not look for fractions
-            check_values(group, chunk, offset)
+    def _check_chunks(self, vectors: Received) -> None:
+        expected = wire_vectors(self.encoding, self.groups)
+        if set(vectors) != {vector.name for vector in expected}:
+            raise LayoutMismatch(f"vectors are {sorted(vectors)}, the plan has {[vector.name for vector in expected]}")
+        for name, dtype, num_values in expected:
+            chunks = vectors[name]
+            if any(chunk.dtype != dtype or chunk.ndim != 1 or not chunk.flags.c_contiguous for chunk in chunks):
+                raise LayoutMismatch(f"vector {name!r} must come as contiguous {dtype} chunks of one dimension")
+            length = sum(chunk.size for chunk in chunks)
+            if length != num_values:
+                raise LayoutMismatch(f"vector {name!r} has {length} values, the plan {num_values}")
 
 
 def _within(group: ColumnGroup, sums: Int64Array, bound: int) -> bool:

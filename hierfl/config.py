@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hierfl.errors import ConfigError, ConfigErrors
-from hierfl.job import Job, StrategyChoice
+from hierfl.job import Job, StrategyChoice, UpdateChoice
 from hierfl.toml import Reading, build, open_toml
 from hierfl.types import NAME_PATTERN, RegionId, SiteId
 
@@ -198,28 +198,32 @@ class FederationConfig:
 
 
 def load_job(path: Path, overrides: Iterable[str] = ()) -> Job:
-    """Read a job, with the ``KEY=VALUE`` of ``--set`` laid over it; the strategy's options are checked too.
+    """Read a job, with the ``KEY=VALUE`` of ``--set`` laid over it; options of strategy and encoding are checked too.
 
     Raises:
         NotFound: There is no such file.
         ConfigError: Something is wrong; ``ConfigErrors`` where it is more than one thing.
     """
     reading = open_toml(path, overrides)
-    job = build(Job, reading.table, reading, rest={StrategyChoice: "options"})
+    job = build(Job, reading.table, reading, rest={StrategyChoice: "options", UpdateChoice: "options"})
     if job is not None:
-        _check_strategy(job.strategy, reading)
+        _check_choices(job, reading)
     reading.finish()
     assert job is not None, "a job that was not made has an error noted"
     return job
 
 
-def _check_strategy(choice: StrategyChoice, reading: Reading) -> None:
-    from hierfl import strategies  # it needs NumPy, which reading a file does not
+def _check_choices(job: Job, reading: Reading) -> None:
+    from hierfl import encodings, strategies  # they need NumPy, which reading a file does not
 
     try:
-        strategies.get(choice.name, choice.options)
+        strategies.get(job.strategy.name, job.strategy.options)
     except ConfigError as error:
         _note(reading, error, "strategy")
+    try:
+        encodings.get(job.updates.encoding, job.updates.options)
+    except ConfigError as error:
+        _note(reading, error, "updates")
 
 
 def _note(reading: Reading, error: ConfigError, path: str) -> None:

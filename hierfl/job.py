@@ -11,7 +11,7 @@ from typing import Any
 
 from hierfl.errors import ConfigError
 
-__all__ = ["Arithmetic", "Job", "JobHead", "ModelChoice", "RoundRules", "StrategyChoice"]
+__all__ = ["Arithmetic", "Job", "JobHead", "ModelChoice", "RoundRules", "StrategyChoice", "UpdateChoice"]
 
 
 def _require(key: str, value: float, ok: bool, rule: str) -> None:
@@ -56,6 +56,14 @@ class StrategyChoice:
     """``[strategy]``: a registered name, every other key an option of that strategy."""
 
     name: str = "fedavg"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateChoice:
+    """``[updates]``: how they travel; every key but ``encoding`` an option of that encoding."""
+
+    encoding: str = "float32"
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -120,6 +128,7 @@ class Job:
     job: JobHead
     model: ModelChoice = field(default_factory=ModelChoice)
     strategy: StrategyChoice = field(default_factory=StrategyChoice)
+    updates: UpdateChoice = field(default_factory=UpdateChoice)
     round: RoundRules = field(default_factory=RoundRules)
     arithmetic: Arithmetic = field(default_factory=Arithmetic)
     app: Mapping[str, Any] = field(default_factory=dict)

@@ -27,6 +27,13 @@ BLOCK = 4_096
 
 LOW = 0xFFFFFFFF
 
+EXACT = 2.0**51
+MAGIC = 1.5 * 2.0**52
+MAGIC_BITS = int(np.float64(MAGIC).view(np.int64))
+"""``MAGIC``'s unit in the last place is 1, and stays 1 with any integer of at most ``EXACT`` in magnitude added: the
+integer is the difference of their bits. Machines without AVX-512 have neither that conversion nor a product of 64-bit
+integers as one instruction: where every ``weight * q`` is so small, both are done in float64, exactly."""
+
 
 class Kernels(NamedTuple):
     """One form of all kernels.
@@ -83,6 +90,8 @@ def _fold_fixed_numpy(sums: Int64Array, values: Float32Array, limit: np.float32,
 
 
 def _fold_fixed(sums: Int64Array, values: Float32Array, limit: np.float32, scale: float, weight: int) -> int:
+    factor = np.float64(weight)
+    is_small = abs(factor) * (np.float64(limit) * scale + 1) <= EXACT
     for start in range(0, len(values), BLOCK):
         block = values[start : start + BLOCK]
         bad = 0
@@ -92,7 +101,11 @@ def _fold_fixed(sums: Int64Array, values: Float32Array, limit: np.float32, scale
             return start
         part = sums[start : start + BLOCK]
         for i in range(len(block)):
-            part[i] += weight * np.int64(np.rint(np.float64(block[i]) * scale))
+            q = np.rint(np.float64(block[i]) * scale)
+            if is_small:
+                part[i] += np.float64(q * factor + MAGIC).view(np.int64) - MAGIC_BITS
+            else:
+                part[i] += weight * np.int64(q)
     return len(values)
 
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from hierfl import documents
+from hierfl import documents, encodings
 from hierfl.aggregation import ColumnGroup
-from hierfl.errors import RequirementUnknown, WireError
+from hierfl.encodings import Encoding, EncodingSpec
+from hierfl.errors import ConfigError, RequirementUnknown, WireError
 from hierfl.metrics import MetricSpec
 from hierfl.types import AttemptKey, ClientRef, ModelHash, RegionId, RunId, TaskKind
 
@@ -79,6 +80,21 @@ class TaskSpec:
     metrics: tuple[MetricSpec, ...]
     evaluate: bool
     """Whether clients that can also evaluate the base model and send the sums along."""
+    encoding: EncodingSpec = field(default_factory=EncodingSpec)
+    """How updates travel. Part of the task: encoded otherwise, the same updates have another sum."""
+
+    @cached_property
+    def update_encoding(self) -> Encoding:
+        """The encoding itself.
+
+        Raises:
+            RequirementUnknown: It is not known here, or an option of it is not, or not so.
+        """
+        try:
+            return encodings.get(self.encoding.name, self.encoding.options)
+        except ConfigError as error:
+            wanted = f"the plan wants updates encoded as {self.encoding.name[:40]}"
+            raise RequirementUnknown(f"{wanted}, unknown to this release; upgrade hierfl ({error})") from None
 
     @cached_property
     def hash(self) -> str:
@@ -114,7 +130,6 @@ class Plan:
     min_clients: int
     report_timeout_s: float
     hold_s: float
-    encoding: str = "float32"
     requires: tuple[str, ...] = ()
 
     @property
@@ -130,7 +145,7 @@ class Plan:
 
         Raises:
             WireError: The bytes are no plan.
-            RequirementUnknown: ``requires`` names something unknown.
+            RequirementUnknown: ``requires``, or the encoding of updates, names something unknown.
         """
         plan = documents.decode(data, cls, "plan")
         unknown = sorted(set(plan.requires) - SUPPORTED_REQUIREMENTS)
@@ -138,6 +153,7 @@ class Plan:
             raise RequirementUnknown(f"the plan requires {', '.join(unknown)}, unknown to this release; upgrade hierfl")
         if plan.k < 2 or plan.min_clients < 1 or plan.round < 1 or plan.attempt < 1:
             raise WireError("plan: k, min_clients, round or attempt is below its least value")
+        _ = plan.task.update_encoding
         return plan
 
 

@@ -93,6 +93,8 @@ class CommitRecord:
     state_digest: str
     """Of the strategy's state blob, ``sha256:hex``; empty where it keeps none."""
     committed_unix_ns: int
+    updates: str = "float32"
+    """How they travelled: the name of their encoding."""
 
 
 def update_statement(key: UpdateKey, digest: str, weight: int) -> bytes:

@@ -28,7 +28,7 @@ def job() -> None:
 @click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Override a key: round.min_regions=2.")
 @output_option
 def check(job_file: Path, app_path: str | None, overrides: tuple[str, ...], output: str) -> None:
-    """Check JOB.toml: keys, types, rules and the strategy's options, all mistakes at once.
+    """Check JOB.toml: keys, types, rules, options of strategy and encoding, all mistakes at once.
 
     Where the app can be imported here, its `init` is called, the job's caps are held against the model,
     and the bytes of a round are told.
@@ -43,6 +43,7 @@ def check(job_file: Path, app_path: str | None, overrides: tuple[str, ...], outp
     read = load_job(job_file, overrides)
     layout = _layout(read, app_path, job_file.parent)
     document: dict[str, Any] = {"job": read.job.name, "app": read.job.app, "strategy": read.strategy.name}
+    document |= {"updates": read.updates.encoding}
     document |= {"model": None} if layout is None else {"model": model_of(read, layout)}
     emit(document, "hierfl.job_check/1", output, lambda: _show(document))
     say(f"{job_file} is fine")
@@ -50,18 +51,18 @@ def check(job_file: Path, app_path: str | None, overrides: tuple[str, ...], outp
 
 def model_of(read: Job, layout: Layout) -> dict[str, Any]:
     """Parameters and bytes per round; raises ``ConfigError`` where the job's caps do not suit the strategy."""
-    from hierfl import strategies
+    from hierfl import encodings, strategies
 
     strategy = strategies.get(read.strategy.name, read.strategy.options)
     caps = read.arithmetic
     groups = strategy.column_groups(layout, max_abs=caps.max_abs, total_weight=caps.total_weight)
-    num_values = sum(group.num_values for group in groups)
+    encoding = encodings.get(read.updates.encoding, read.updates.options)
     return {
         "tensors": len(layout.tensors),
         "parameters": layout.num_params,
         "exact_in_two_tiers": strategy.exact_in_two_tiers,
         "bytes_to_a_client": 4 * layout.num_params,
-        "bytes_from_a_client": 4 * num_values,
+        "bytes_from_a_client": encodings.length_bytes(encoding, groups),
         "bytes_over_a_border": sum(8 * math.prod(group.shape) for group in groups),
     }
 

@@ -219,7 +219,7 @@ def _rounds_table(found: pb.GetRunResponse) -> None:
     run = found.summary
     exact = "the same bits whatever the grouping" if run.exact_in_two_tiers else "approximate across regions"
     say(f"{run.run} {run.name}: {run.state} {run.reason}".rstrip())
-    say(f"app {run.app}, strategy {run.strategy} ({exact}), model {run.model_hash}")
+    say(f"app {run.app}, strategy {run.strategy} ({exact}), updates {run.updates}, model {run.model_hash}")
     metrics = sorted({name for item in found.rounds for name in item.metrics if "loss" in name or "accuracy" in name})
     metrics = [name for name in metrics if not name.endswith("_sum")]
     headings = ("round", "task", "version", "attempts", "sites", "updates", *metrics, "seconds", "model")

@@ -114,7 +114,7 @@ def _check_round(
 
 def _dry_plan(job: Job, layout: Layout, who: ClientRef) -> Plan:
     """What the controller would ask in round 1; signed by nobody, so no combiner would take its answer."""
-    from hierfl import strategies
+    from hierfl import encodings, strategies
 
     strategy = strategies.get(job.strategy.name, job.strategy.options)
     caps = job.arithmetic
@@ -135,6 +135,7 @@ def _dry_plan(job: Job, layout: Layout, who: ClientRef) -> Plan:
             groups=strategy.column_groups(layout, max_abs=caps.max_abs, total_weight=caps.total_weight),
             metrics=tuple(MetricSpec(name=name, scale=bits, max_abs=MAX_METRIC) for name, bits in SUMS.items()),
             evaluate=True,
+            encoding=encodings.spec(job.updates.encoding, job.updates.options),
         ),
         base=ModelRef(version=0, model_hash=ModelHash(""), layout_hash=layout.hash, size_bytes=4 * layout.num_params),
         caps=Caps(max_weight=caps.max_weight, region_weight=caps.total_weight, max_upload_bytes=0),

@@ -16,7 +16,7 @@ from types import TracebackType
 
 from hierfl.errors import DiskFull, StorageError, StoreLocked
 
-__all__ = ["FolderLock", "make_folder", "write_durably"]
+__all__ = ["FolderLock", "make_folder", "replace_durably", "write_durably"]
 
 Writable = bytes | memoryview
 
@@ -55,6 +55,20 @@ def write_durably(path: Path, parts: Iterable[Writable]) -> None:
         if error.errno == errno.ENOSPC:
             raise DiskFull(f"no space left on the disk of {path.parent}; make room, the round goes on") from None
         raise StorageError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def replace_durably(source: Path, target: Path) -> None:
+    """Give a file that was written durably another name; whatever had that name before is gone.
+
+    Raises:
+        StorageError: The disk refuses.
+    """
+    try:
+        source.replace(target)
+        _sync_folder(target.parent)
+        _sync_folder(source.parent)
+    except OSError as error:
+        raise StorageError(f"{source} cannot become {target}: {error.strerror}") from None
 
 
 def _sync_folder(folder: Path) -> None:

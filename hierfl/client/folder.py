@@ -3,6 +3,7 @@
 DIR/<region>.<site>.<client>/
     lock.sqlite      one process at a time
     updates/ local/  hierfl/client/held.py
+    residuals/       hierfl/client/residuals.py
     leader_epoch     the highest that this client has obeyed
     endpoints        the newest list of the region's intakes
     failures/        tracebacks of user code; they never leave the site
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from hierfl.client.files import FolderLock, make_folder, write_durably
 from hierfl.client.held import HeldUpdates, LocalTensors
+from hierfl.client.residuals import Residuals
 from hierfl.errors import StorageError, StoreDamaged
 from hierfl.types import AttemptKey, ClientRef
 
@@ -38,6 +40,7 @@ class ClientFolder:
         try:
             self.updates = HeldUpdates(self.path)
             self.local = LocalTensors(self.path)
+            self.residuals = Residuals(self.path)
             self.leader_epoch = self._read_epoch()
         except BaseException:
             self._lock.close()

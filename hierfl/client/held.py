@@ -4,6 +4,7 @@ An update is held under its *work*: (run, task, round, base model, task hash), w
 attempt at the same work is answered with the same bytes, so nobody trains twice for it.
 
     DIR/updates/<id>.values    the vectors, little-endian, one after the other; written first
+    DIR/updates/<id>.residual  what it leaves out, where it is kept (hierfl/client/residuals.py); written next
     DIR/updates/<id>.json      all else; its presence makes the update held
     DIR/local/<run>/<round>.safetensors    local tensors as that round left them
 """
@@ -77,6 +78,7 @@ class Held:
     made_unix_ns: int
     """Wall clock of the site: ``hold_s`` has to outlast restarts."""
     hold_s: float
+    encoding: str = "float32"
 
     @property
     def key(self) -> AttemptKey:
@@ -117,19 +119,34 @@ class HeldUpdates:
         """The held update that was last addressed to ``key``."""
         return next((held for held in self._held.values() if held.key == key), None)
 
-    def save(self, held: Held, vectors: Mapping[str, np.ndarray]) -> None:
-        """Hold an update: durable when this returns.
+    def save(
+        self, held: Held, vectors: Mapping[str, np.ndarray], left_out: Mapping[str, np.ndarray] | None = None
+    ) -> None:
+        """Hold an update, and what it leaves out where it carries its run's residual: durable when this returns.
 
         Raises:
             DiskFull, StorageError: Nothing is held; nothing half-written remains.
         """
-        values = self._path(held.work, ".values")
-        write_durably(values, (_bytes_of(vectors[spec.name]) for spec in held.vectors))
+        values, residual = self._path(held.work, ".values"), self.residual(held.work)
         try:
+            write_durably(values, (_bytes_of(vectors[spec.name]) for spec in held.vectors))
+            if left_out is not None:
+                write_durably(residual, map(_bytes_of, left_out.values()))
             self._record(held)
         except BaseException:
             values.unlink(missing_ok=True)
+            residual.unlink(missing_ok=True)
             raise
+
+    def residual(self, work: Work) -> Path:
+        """The file with what an update leaves out; it is there where the update carries its run's residual."""
+        return self._path(work, ".residual")
+
+    def carrier(self, work: Work) -> Held | None:
+        """The other update of the same run that carries its residual and may yet be counted."""
+        others = (held for held in self._held.values() if held.work.run == work.run and held.work != work)
+        may_count = (held for held in others if held.state is not ReceiptState.NOT_COUNTED)
+        return next((held for held in may_count if self.residual(held.work).exists()), None)
 
     def address(self, held: Held, attempt: int) -> Held:
         """The same update, for a new attempt at the same work."""
@@ -150,6 +167,7 @@ class HeldUpdates:
         self._held.pop(work.id, None)
         self._path(work, ".json").unlink(missing_ok=True)
         self._path(work, ".values").unlink(missing_ok=True)
+        self.residual(work).unlink(missing_ok=True)
 
     def drop_expired(self) -> list[Held]:
         """Drop what was held longer than its plan asks; returns it."""
@@ -165,7 +183,7 @@ class HeldUpdates:
         Raises:
             StoreDamaged: The bytes on disk no longer have the digest they had; the update is dropped.
         """
-        outgoing = encode_update(held.layout_hash, self._vectors(held), held.head)
+        outgoing = encode_update(held.layout_hash, self._vectors(held), held.head, held.encoding)
         if outgoing.digest != held.digest:
             self.drop(held.work)
             raise StoreDamaged(f"the update held for {held.key} changed on disk; it was dropped and is made again")
@@ -208,9 +226,11 @@ def _bytes_of(vector: np.ndarray) -> memoryview:
     return np.ascontiguousarray(vector, vector.dtype.newbyteorder("<")).view(np.uint8).data
 
 
-def encode_update(layout_hash: str, vectors: Mapping[str, np.ndarray], head: UpdateHead) -> transfer.Outgoing:
-    """An update as a transfer: equal values and head give equal bytes and digest."""
-    return transfer.Outgoing("update", layout_hash, vectors, meta=documents.encode(head), keeps_copy=False)
+def encode_update(
+    layout_hash: str, vectors: Mapping[str, np.ndarray], head: UpdateHead, encoding: str = "float32"
+) -> transfer.Outgoing:
+    """An update as a transfer, from its wire vectors: equal values and head give equal bytes and digest."""
+    return transfer.Outgoing("update", layout_hash, vectors, documents.encode(head), encoding, keeps_copy=False)
 
 
 class LocalTensors:

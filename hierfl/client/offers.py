@@ -82,7 +82,6 @@ def accept(offer: pb.Offer, kit: Kit, policy: SitePolicy, known_epoch: int, now:
         raise WireError(f"the offer's key is not its plan's, {plan.key}")
     _check_addressee(plan, kit)
     _check_rules(plan, policy)
-    _check_forms(plan)
     return plan
 
 
@@ -125,11 +124,6 @@ def _check_rules(plan: Plan, policy: SitePolicy) -> None:
     if not policy.app.serves(plan.task.app, plan.task.app_version):
         wanted = "@".join(part for part in (plan.task.app, plan.task.app_version) if part)
         raise AppUnknown(f"the plan is for the app {wanted}, here runs {policy.app}")
-
-
-def _check_forms(plan: Plan) -> None:
-    if plan.encoding != "float32":
-        raise RequirementUnknown(f"the plan wants updates encoded as {plan.encoding}, unknown to this release; upgrade")
 
 
 def check_groups(plan: Plan, layout: Layout) -> None:

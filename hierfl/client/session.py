@@ -7,6 +7,7 @@ or find the update held; hand it in; the receipts that follow come on the link.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 import traceback
 from collections.abc import Callable, Coroutine, Mapping
@@ -27,6 +28,7 @@ from hierfl.client.intakes import Intakes
 from hierfl.client.link import Link, checked
 from hierfl.client.models import FetchedModel, ModelCache, OwnModels
 from hierfl.client.offers import SitePolicy, accept, check_groups, decline_code
+from hierfl.client.residuals import encode_with_feedback
 from hierfl.client.work import Made, TaskFailed, do_task
 from hierfl.client.worker import Worker
 from hierfl.errors import (
@@ -39,9 +41,9 @@ from hierfl.errors import (
     WireError,
 )
 from hierfl.pki import Kit
-from hierfl.plan import Plan
+from hierfl.plan import Plan, task_seed
 from hierfl.receipts import Reason, Receipt, ReceiptState
-from hierfl.types import AttemptKey, ClientRef, RunId, TaskKind
+from hierfl.types import AttemptKey, ClientRef, Float32Array, RunId, TaskKind
 from hierfl.wire import hierfl_pb2 as pb
 from hierfl.wire import transfer
 from hierfl.wire.convert import key_from_proto
@@ -50,6 +52,11 @@ __all__ = ["Session", "Site"]
 
 _FINAL_REASONS = frozenset({Reason.INVALID, Reason.DIGEST_CONFLICT, Reason.RUN_CANCELLED, Reason.RUN_FAILED})
 """Not counted, and no later attempt at the same work can change that."""
+_RUN_OVER = frozenset({Reason.RUN_CANCELLED, Reason.RUN_FAILED})
+
+RESIDUAL_WAIT_S = 10.0
+"""So long an update with error feedback waits for the last word on the one before; then it goes without."""
+ASK_AGAIN_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -107,6 +114,7 @@ class Session:
         self._answers: dict[Work, _Answer] = {}
         self._newest_round: dict[RunId, int] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._last_word = asyncio.Event()
         self._drop_expired()
         if len(self.updates):
             self.say(f"{len(self.updates)} update(s) held from before; handed in when asked")
@@ -216,11 +224,16 @@ class Session:
             self.say(f"{where}: sealed in the region's sum")
         elif state is ReceiptState.STAGED:
             self.say(f"{where}: handed in")
+        if state is ReceiptState.COMMITTED:  # first, so that a crash in between asks for this receipt again
+            self.folder.residuals.advance(held.work.run, self.updates.residual(held.work))
         if state is ReceiptState.COMMITTED or receipt.reason in _FINAL_REASONS:
             self.updates.drop(held.work)
         else:
             self.updates.mark(held, state)  # one not counted may yet answer another attempt
+        if receipt.reason in _RUN_OVER:
+            self.folder.residuals.drop(held.work.run)
         if state.is_last_word:
+            self._last_word.set()
             self.site.on_round_over(self.client, held.key)
 
     def _on_withdrawal(self, key: AttemptKey, reason: str) -> None:
@@ -320,6 +333,7 @@ class Session:
         """Fetch, train, hold. The update is durable when this returns."""
         plan, site = answer.plan, self.site
         model = await self._fetch(plan)
+        feedback = plan.task.update_encoding.feedback and await self._settle(work)
 
         def started() -> None:
             answer.stage = _Stage.WORKING
@@ -329,17 +343,49 @@ class Session:
             first = site.own_models.local_of(site.policy.app, plan, model.layout)
             local = {**first, **self.folder.local.load(plan.run, plan.round)}
             made = do_task(site.policy.app, plan, model.layout, model.vectors, local, site.site_config, self.client)
-            return made, *self._hold(plan, work, made, local)
+            return made, *self._hold(plan, work, made, local, feedback=feedback)
 
         made, held, outgoing = await site.worker.run(make, started)
         self.say(f"{round_of(plan.key)}: {'; '.join(made.said) or 'nothing to evaluate here'}")
         return held, outgoing
 
+    async def _settle(self, work: Work) -> bool:
+        """Wait for the last word on the update that carries the run's residual; whether there is no such update now.
+
+        The run has moved on, so the word is there, or near: what the combiner does not know will not be counted.
+        """
+        try:
+            async with asyncio.timeout(RESIDUAL_WAIT_S):
+                while (carrier := self.updates.carrier(work)) is not None:
+                    self._last_word.clear()
+                    if await self._is_unknown(carrier):
+                        self.updates.residual(carrier.work).unlink(missing_ok=True)
+                    elif self.updates.carrier(work) is not None:
+                        with contextlib.suppress(TimeoutError):
+                            await asyncio.wait_for(self._last_word.wait(), ASK_AGAIN_S)
+        except TimeoutError:
+            self.say(f"round {work.round}: no last word on the update before; what that one left out waits")
+            return False
+        return True
+
+    async def _is_unknown(self, held: Held) -> bool:
+        """Ask about an update and take up its receipt; whether the combiner has none."""
+        await self.link.wait_until_up()
+        try:
+            receipts = await self.link.receipts([held.key])
+        except TRY_AGAIN:
+            return False
+        for receipt in receipts:
+            self._on_receipt(receipt)
+        return all(receipt.state is ReceiptState.OFFERED for receipt in receipts)
+
     def _hold(
-        self, plan: Plan, work: Work, made: Made, local: Mapping[str, np.ndarray]
+        self, plan: Plan, work: Work, made: Made, local: Mapping[str, np.ndarray], *, feedback: bool
     ) -> tuple[Held, transfer.Outgoing]:
         """On the worker's thread. Local tensors first: a crash before the update is held repeats the round."""
-        outgoing = encode_update(plan.base.layout_hash, made.vectors, made.head)
+        wire, left_out = self._encode(plan, made, feedback=feedback)
+        encoding = plan.task.encoding.name
+        outgoing = encode_update(plan.base.layout_hash, wire, made.head, encoding)
         if plan.task.kind is TaskKind.TRAIN:
             self.folder.local.save(plan.run, plan.round, {**local, **made.local})
         held = Held(
@@ -352,9 +398,25 @@ class Session:
             state=ReceiptState.OFFERED,
             made_unix_ns=time.time_ns(),
             hold_s=plan.hold_s,
+            encoding=encoding,
         )
-        self.updates.save(held, made.vectors)
+        self.updates.save(held, wire, left_out)
         return held, outgoing
+
+    def _encode(
+        self, plan: Plan, made: Made, *, feedback: bool
+    ) -> tuple[dict[str, np.ndarray], dict[str, Float32Array] | None]:
+        """The update's wire vectors, and what they leave out, where the update carries its run's residual."""
+        encoding, groups = plan.task.update_encoding, plan.task.groups
+        residual: Mapping[str, Float32Array] | None = None
+        if feedback:
+            try:
+                residual = self.folder.residuals.load(plan.run, encoding, groups)
+            except StoreDamaged as error:
+                residual = {}
+                self.say(str(error))
+        seed = task_seed(plan.seed, plan.round, self.client)
+        return encode_with_feedback(encoding, groups, made.vectors, seed, residual)
 
     async def _fetch(self, plan: Plan) -> FetchedModel:
         with observe.span(observe.SPAN_MODEL_FETCH, run=plan.run, round=plan.round, site=self.client.site):

@@ -229,7 +229,7 @@ def check_descriptor(descriptor: Descriptor) -> None:
         _require(1 <= len(spec.name.encode(errors="replace")) <= MAX_NAME_BYTES, "a vector's name is out of range")
         _require(0 <= spec.num_values <= MAX_VALUES, f"vector {spec.name[:80]!r} has a length out of range")
         _require(
-            spec.dtype == descriptor.encoding or descriptor.encoding not in arrow.DTYPES,
+            spec.dtype == descriptor.encoding or descriptor.encoding not in PLAIN.values(),
             f"vector {spec.name[:80]!r} has another dtype than the encoding",
         )
     _require(descriptor.length_bytes == sum(spec.length_bytes for spec in vectors), "its length is not its vectors'")

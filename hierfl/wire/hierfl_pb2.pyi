@@ -384,7 +384,7 @@ class ListRunsResponse(_message.Message):
     def __init__(self, runs: _Optional[_Iterable[_Union[RunSummary, _Mapping]]] = ...) -> None: ...
 
 class RunSummary(_message.Message):
-    __slots__ = ("run", "name", "state", "reason", "rounds_committed", "rounds_abandoned", "rounds_planned", "model_version", "model_hash", "submitted_unix_ns", "ended_unix_ns", "app", "strategy", "exact_in_two_tiers")
+    __slots__ = ("run", "name", "state", "reason", "rounds_committed", "rounds_abandoned", "rounds_planned", "model_version", "model_hash", "submitted_unix_ns", "ended_unix_ns", "app", "strategy", "exact_in_two_tiers", "updates")
     RUN_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -399,6 +399,7 @@ class RunSummary(_message.Message):
     APP_FIELD_NUMBER: _ClassVar[int]
     STRATEGY_FIELD_NUMBER: _ClassVar[int]
     EXACT_IN_TWO_TIERS_FIELD_NUMBER: _ClassVar[int]
+    UPDATES_FIELD_NUMBER: _ClassVar[int]
     run: str
     name: str
     state: str
@@ -413,7 +414,8 @@ class RunSummary(_message.Message):
     app: str
     strategy: str
     exact_in_two_tiers: bool
-    def __init__(self, run: _Optional[str] = ..., name: _Optional[str] = ..., state: _Optional[str] = ..., reason: _Optional[str] = ..., rounds_committed: _Optional[int] = ..., rounds_abandoned: _Optional[int] = ..., rounds_planned: _Optional[int] = ..., model_version: _Optional[int] = ..., model_hash: _Optional[str] = ..., submitted_unix_ns: _Optional[int] = ..., ended_unix_ns: _Optional[int] = ..., app: _Optional[str] = ..., strategy: _Optional[str] = ..., exact_in_two_tiers: _Optional[bool] = ...) -> None: ...
+    updates: str
+    def __init__(self, run: _Optional[str] = ..., name: _Optional[str] = ..., state: _Optional[str] = ..., reason: _Optional[str] = ..., rounds_committed: _Optional[int] = ..., rounds_abandoned: _Optional[int] = ..., rounds_planned: _Optional[int] = ..., model_version: _Optional[int] = ..., model_hash: _Optional[str] = ..., submitted_unix_ns: _Optional[int] = ..., ended_unix_ns: _Optional[int] = ..., app: _Optional[str] = ..., strategy: _Optional[str] = ..., exact_in_two_tiers: _Optional[bool] = ..., updates: _Optional[str] = ...) -> None: ...
 
 class GetRunRequest(_message.Message):
     __slots__ = ("run",)

@@ -77,7 +77,7 @@ class Outgoing:
             WireError: A vector has another dtype or shape, or ``meta`` is no UTF-8.
         """
         encoding = encoding or PLAIN[kind]
-        only = encoding if encoding in arrow.DTYPES else None
+        only = encoding if encoding in PLAIN.values() else None
         self._vectors = {name: _plain(name, vector, only) for name, vector in vectors.items()}
         specs = tuple(VectorSpec(name=n, dtype=_dtype_name(v), num_values=v.size) for n, v in self._vectors.items())
         self.descriptor = Descriptor(

@@ -14,8 +14,8 @@ from controller.planning import new_attempt, new_run, plan_for, run_id
 from controller.registry import Progress, Registry
 from controller.rows import AnswerRow
 from hierfl.aggregation import Accumulator
-from hierfl.errors import ConfigError, RunFailed, StoreDamaged
-from hierfl.job import Arithmetic, RoundRules, StrategyChoice
+from hierfl.errors import ConfigError, RequirementUnknown, RunFailed, StoreDamaged
+from hierfl.job import Arithmetic, RoundRules, StrategyChoice, UpdateChoice
 from hierfl.layout import Layout, Role
 from hierfl.plan import Plan
 from hierfl.records import PartialHead
@@ -68,6 +68,49 @@ def test_a_plan_is_the_same_bytes_each_time_and_a_valid_plan(job):
 def test_attempts_at_one_round_ask_for_the_same_task(job):
     run = run_of(job)
     assert attempt_of(run, attempt=1).spec.hash == attempt_of(run, attempt=2).spec.hash
+
+
+def test_an_encoding_is_of_the_task_and_the_bytes_of_an_upload_follow_it(job):
+    def plan(**updates):
+        run = new_run(
+            replace(job(), updates=UpdateChoice(**updates)),
+            LAYOUT,
+            "a" * 64,
+            REGIONS,
+            run=RunId("r"),
+            request_id="",
+            now_unix_ns=1,
+        )
+        return Plan.from_bytes(plan_for(run, attempt_of(run), REGIONS[0], "fed").to_bytes())
+
+    plain, small = plan(), plan(encoding="int8", options={"block": 16})
+    assert plain.task.hash != small.task.hash
+    assert plan(encoding="int8").task.hash != small.task.hash
+    assert plan(encoding="int8", options={"block": 256}).task.hash == plan(encoding="int8").task.hash
+    assert small.task.encoding.options == {"block": 16, "rounding": "nearest"}
+    assert small.caps.max_upload_bytes == 3 + 4 + 2 * 4, "three codes, one step, and two means as float32"
+
+
+def test_an_evaluation_has_no_encoding(job):
+    run = new_run(
+        replace(job(), updates=UpdateChoice(encoding="topk")),
+        LAYOUT,
+        "a" * 64,
+        REGIONS,
+        run=RunId("r"),
+        request_id="",
+        now_unix_ns=1,
+    )
+    plan = plan_for(run, attempt_of(run, TaskKind.EVALUATE), REGIONS[0], "fed")
+    assert (plan.task.encoding.name, plan.caps.max_upload_bytes) == ("float32", 0)
+
+
+def test_a_plan_with_an_encoding_that_is_unknown_here_is_one_that_cannot_be_obeyed(job):
+    run = run_of(job)
+    data = plan_for(run, attempt_of(run), REGIONS[0], "fed").to_bytes()
+    for name, options in (("float32", "int3"), ('"options":{}', '"options":{"colour":1}')):
+        with pytest.raises(RequirementUnknown, match="unknown to this release; upgrade"):
+            Plan.from_bytes(data.replace(name.encode(), options.encode()))
 
 
 def test_an_app_may_name_its_version(job):

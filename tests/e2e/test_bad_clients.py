@@ -10,6 +10,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from federations import InProcess, job, noisy_app
 from peers import Peer, update, zeros
 
 from combiners.settings import RegionSettings
-from hierfl import provision
+from hierfl import encodings, provision
 from hierfl.client.app import App
 from hierfl.client.task import Task, Update
 from hierfl.errors import (
@@ -30,6 +31,7 @@ from hierfl.errors import (
     ValueOutOfRange,
     WireError,
 )
+from hierfl.job import UpdateChoice
 from hierfl.pki import Kit
 from hierfl.plan import Plan
 from hierfl.wire import hierfl_pb2 as pb
@@ -139,6 +141,72 @@ async def test_updates_that_do_not_fit_the_plan_are_refused_in_words_and_the_rou
         assert type(answer) is kind, f"{name}: {answer!r}"
         assert words in str(answer), name
         assert "\n" not in str(answer), name
+
+
+def encoded_as(plan: Plan, **wire: np.ndarray) -> object:
+    """Wire vectors of the plan's encoding, all 0, but for ``wire`` with ``__`` for a dot."""
+    vectors = {
+        name: np.zeros(num_values, dtype)
+        for name, dtype, num_values in encodings.wire_vectors(plan.task.update_encoding, plan.task.groups)
+    }
+    for name, values in wire.items():
+        vectors[name.replace("__", ".")][: len(values)] = values
+    return update(plan, vectors, encoding=plan.task.encoding.name)
+
+
+ENCODED: dict[str, dict[str, tuple[Callable[[Plan], object], type[HierFLError], str]]] = {
+    "int8": {
+        "step-nan": (
+            lambda plan: encoded_as(plan, train__scale=np.array([0, np.nan])),
+            ValueOutOfRange,
+            "value 1 is nan",
+        ),
+        "step-large": (
+            lambda plan: encoded_as(plan, train__scale=np.array([0.07])),
+            ValueOutOfRange,
+            "8 / 127 at most",
+        ),
+        "code": (lambda plan: encoded_as(plan, train=np.array([-128])), ValueOutOfRange, "from -127 to 127"),
+        "plain": (update, LayoutMismatch, "the update has 4060 bytes"),
+    },
+    "topk": {
+        "twice": (encoded_as, ValueOutOfRange, "'train.index', value 1 is 0: must be above"),
+        "beyond": (
+            lambda plan: encoded_as(plan, train__index=np.arange(10**6, 10**6 + 11)),
+            ValueOutOfRange,
+            "below 1015",
+        ),
+        "value-inf": (
+            lambda plan: encoded_as(plan, train__index=np.arange(11), train=np.array([1, np.inf])),
+            ValueOutOfRange,
+            "'train', value 1 is inf",
+        ),
+    },
+    "bfloat16": {
+        "code-nan": (lambda plan: encoded_as(plan, train=np.array([0, 0, 0x7FC0])), ValueOutOfRange, "value 2 is nan"),
+    },
+}
+"""By encoding and name: what a peer hands in, and the error that answers it, with words of its sentence."""
+
+
+@pytest.mark.parametrize("name", ENCODED)
+async def test_encoded_updates_that_do_not_fit_are_refused_in_words_too(federate, name):
+    wrong = ENCODED[name]
+    async with federate(REGIONS) as federation, with_peers(federation, *wrong) as peers:
+        run = await federation.submit(replace(ONE_ROUND, updates=UpdateChoice(encoding=name)))
+
+        async def misbehave(peer: Peer) -> BaseException | object:
+            plan = await peer.offer()
+            make, _, _ = wrong[peer.kit.identity.site]
+            (answer,) = await asyncio.gather(peer.hand_in(plan, make(plan)), return_exceptions=True)
+            return answer
+
+        answers = await asyncio.gather(*map(misbehave, peers))
+        async with asyncio.timeout(10):
+            assert await counted(federation, run) == GOOD
+    for (who, (_, kind, words)), answer in zip(wrong.items(), answers, strict=True):
+        assert type(answer) is kind, f"{who}: {answer!r}"
+        assert words in str(answer), (who, str(answer))
 
 
 async def test_half_an_upload_is_no_update_and_a_whole_one_after_it_counts(federate):

@@ -5,13 +5,15 @@ from __future__ import annotations
 import pytest
 from federations import job, noisy_app
 
+from hierfl.job import UpdateChoice
+
 SITES = [f"site-{number:02d}" for number in range(12)]
 REGIONS = ("eu-west", "us-east", "ap-south", "sa-east", "af-south", "me-central")
 
 
-def split(num_regions: int) -> dict[str, list[str]]:
-    size = len(SITES) // num_regions
-    return {region: SITES[n * size : (n + 1) * size] for n, region in enumerate(REGIONS[:num_regions])}
+def split(num_regions: int, sites: list[str] = SITES) -> dict[str, list[str]]:
+    size = len(sites) // num_regions
+    return {region: sites[n * size : (n + 1) * size] for n, region in enumerate(REGIONS[:num_regions])}
 
 
 @pytest.mark.timeout(120)
@@ -25,6 +27,36 @@ async def test_every_grouping_of_the_same_sites_makes_the_same_model(federate):
         assert found.summary.state == "finished", found.summary.reason
         trained = [item for item in found.rounds if item.task == 1]
         assert [item.num_updates for item in trained] == [12, 12, 12]
+        models[num_regions, intakes] = [item.model_hash for item in trained]
+    assert len({tuple(hashes) for hashes in models.values()}) == 1, models
+    assert len(set(models[1, 1])) == 3, "each round makes another model"
+
+
+ENCODINGS = [
+    UpdateChoice(encoding="bfloat16"),
+    UpdateChoice(encoding="int8", options={"block": 64}),
+    UpdateChoice(encoding="int8", options={"rounding": "stochastic"}),
+    UpdateChoice(encoding="topk", options={"fraction": 0.05}),
+    UpdateChoice(encoding="randomk", options={"fraction": 0.1}),
+]
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    "updates", ENCODINGS, ids=lambda updates: "-".join(map(str, [updates.encoding, *updates.options]))
+)
+async def test_every_grouping_makes_the_same_model_from_encoded_updates(federate, updates):
+    """With error feedback too: each update waits for the last word on the one before."""
+    models = {}
+    for num_regions, intakes in ((1, 1), (2, 2), (3, 1)):
+        app, regions = noisy_app(delay_s=0.05), split(num_regions, SITES[:6])
+        async with federate(regions, intakes=intakes, app=app) as federation:
+            found = await federation.train(job(min_regions=num_regions, min_clients=6 // num_regions, updates=updates))
+        assert found.summary.state == "finished", found.summary.reason
+        trained = [item for item in found.rounds if item.task == 1]
+        assert [item.num_updates for item in trained] == [6, 6, 6]
+        assert found.summary.updates == updates.encoding
+        assert not [line for line in federation.said if "no last word" in line]
         models[num_regions, intakes] = [item.model_hash for item in trained]
     assert len({tuple(hashes) for hashes in models.values()}) == 1, models
     assert len(set(models[1, 1])) == 3, "each round makes another model"

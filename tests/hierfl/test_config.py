@@ -113,6 +113,29 @@ def test_an_option_that_the_strategy_does_not_have_is_refused(write):
     assert "strategy.proximal_mus" in str(raised.value)
 
 
+def test_every_other_key_of_updates_is_an_option_of_their_encoding(write):
+    job = load_job(write(JOB + '[updates]\nencoding = "int8"\nblock = 64\n'))
+    assert (job.updates.encoding, job.updates.options) == ("int8", {"block": 64})
+    assert load_job(write(JOB)).updates.encoding == "float32"
+
+
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        ("encoding = 'int9'", "updates.encoding = 'int9' is no encoding; did you mean 'int8'?"),
+        ("encoding = 'int8'\nblocks = 64", "updates.blocks = 64 is no option of int8; did you mean 'block'?"),
+        ("encoding = 'int8'\nblock = 65", "updates.block = 65 must be a power of two from 16 to 65536"),
+        ("encoding = 'topk'\nfraction = 1", "updates.fraction = 1.0 must be above 0, at most 0.5"),
+        ("encoding = 'topk'\nfraction = 'all'", "updates.fraction = 'all' must be above 0, at most 0.5"),
+        ("encodin = 'int8'", "updates.encodin = 'int8' is no option of float32"),
+    ],
+)
+def test_nonsense_in_updates_is_refused_by_its_key(write, table, words):
+    with pytest.raises(ConfigError) as raised:
+        load_job(write(JOB + f"[updates]\n{table}\n"))
+    assert words in str(raised.value)
+
+
 def test_an_unknown_strategy_is_refused_and_the_near_one_named(write):
     with pytest.raises(ConfigError) as raised:
         load_job(write(JOB + "[strategy]\nname = 'fedavgg'\n"))

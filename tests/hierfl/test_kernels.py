@@ -93,6 +93,17 @@ def test_both_forms_give_the_same_bits(seed, size, weight, scale):
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("weight", [65_535, -65_535, 1])
+@pytest.mark.parametrize("limit", [8.0, 8.001, 2.0**14], ids=["in-float64", "just-not", "in-integers"])
+def test_the_largest_products_are_exact(form, weight, limit):
+    most = np.float32(limit)
+    values, sums = np.array([most, -most, 2.0**-33, 3 * 2.0**-33], np.float32), np.array([3, -3, 0, 0], np.int64)
+    assert form.fold_fixed(sums, values, most, 2.0**32, weight) == 4
+    q = int(Fraction(float(most)) * 2**32)
+    assert sums.tolist() == [3 + weight * q, -3 - weight * q, 0, 2 * weight]
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_read_only_unaligned_values_from_a_message_are_taken(form):
     message = b"\1" + np.arange(5, dtype=np.float32).tobytes()
     values = np.frombuffer(message, np.float32, offset=1)

@@ -27,7 +27,7 @@ from hierfl.client.offers import SitePolicy
 from hierfl.client.params import make_layout
 from hierfl.client.runner import serve
 from hierfl.client.task import Metrics, Task, Update
-from hierfl.job import Arithmetic, Job, JobHead, RoundRules
+from hierfl.job import Arithmetic, Job, JobHead, RoundRules, UpdateChoice
 from hierfl.operator import Operator, connect
 from hierfl.pki import Kit
 from hierfl.residency import ZonePolicy
@@ -35,6 +35,7 @@ from hierfl.types import RunId
 from hierfl.wire import hierfl_pb2 as pb
 
 NUM_VALUES = 1000
+PLAIN_UPDATES = UpdateChoice()
 
 
 def noisy_app(
@@ -199,11 +200,20 @@ class InProcess:
             return await operator.run(run)
 
 
-def job(*, rounds: int = 3, min_regions: int = 1, min_clients: int = 1, seed: int = 3, **rules: float) -> Job:
+def job(
+    *,
+    rounds: int = 3,
+    min_regions: int = 1,
+    min_clients: int = 1,
+    seed: int = 3,
+    updates: UpdateChoice = PLAIN_UPDATES,
+    **rules: float,
+) -> Job:
     """``rules``: of ``[round]``, in place of what tests usually want."""
     usual = {"report_timeout_s": 40, "silence_s": 2}
     return Job(
         job=JobHead(name="test", app="noisy", rounds=rounds, seed=seed),
+        updates=updates,
         round=RoundRules(min_regions=min_regions, min_clients=min_clients, **{**usual, **rules}),
         arithmetic=Arithmetic(k=2),
     )

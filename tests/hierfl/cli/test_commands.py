@@ -144,6 +144,16 @@ def test_job_check_tells_parameters_and_bytes(hierfl, tmp_path):
     }
 
 
+def test_job_check_tells_the_bytes_of_encoded_updates(hierfl, tmp_path):
+    hierfl("init", tmp_path)
+    chosen = ["--set", "updates.encoding=int8", "--set", "updates.block=16"]
+    ended = hierfl("job", "check", tmp_path / "job.toml", "-o", "json", *chosen)
+    assert ended.document["updates"] == "int8"
+    assert ended.document["model"]["bytes_from_a_client"] == 9 + 4
+    ended = hierfl("job", "check", tmp_path / "job.toml", "--set", "updates.encoding=int", "--set", "updates.blok=3")
+    assert (ended.code, "updates.encoding = 'int' is no encoding; did you mean 'int8'?" in ended.err) == (3, True)
+
+
 def test_job_check_without_the_app_checks_the_rest(hierfl, tmp_path):
     hierfl("init", tmp_path)
     (tmp_path / "app.py").unlink()

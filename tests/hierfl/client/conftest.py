@@ -20,6 +20,7 @@ from hierfl.client.offers import SitePolicy
 from hierfl.client.params import make_layout
 from hierfl.client.runner import serve
 from hierfl.client.task import Metrics, Task, Update
+from hierfl.encodings import EncodingSpec
 from hierfl.errors import ComeBack, NotFound, RoundClosed
 from hierfl.layout import Layout, model_hash
 from hierfl.metrics import MetricSpec
@@ -112,6 +113,7 @@ def make_plan(model: Model, **changes: Any) -> Plan:
         "groups": groups,
         "metrics": METRICS,
         "evaluate": True,
+        "encoding": EncodingSpec(),
     }
     task.update({name: changes.pop(name) for name in list(changes) if name in task})
     plan = Plan(
@@ -159,6 +161,7 @@ class FakeCombiner:
     full: list[float] = field(default_factory=list)
     """Seconds after which the next ones that follow are told to come back."""
     after_upload: ReceiptState = ReceiptState.STAGED
+    encoding: str = "float32"
 
     def __post_init__(self) -> None:
         self.followers: dict[ClientRef, asyncio.Queue[pb.FollowResponse]] = {}
@@ -275,7 +278,7 @@ class FakeCombiner:
             await rpc.first_frame(frames)
             await self._note("Upload refused")
             await context.abort(grpc.StatusCode.UNAVAILABLE, "try later")
-        incoming = transfer.Incoming(transfer.Expect("update", None, None, 2**24))
+        incoming = transfer.Incoming(transfer.Expect("update", None, None, 2**24, encoding=self.encoding))
         await rpc.frames_of(frames, incoming)
         if self.late_tickets:
             self.late_tickets -= 1

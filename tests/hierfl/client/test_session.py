@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hierfl.encodings import EncodingSpec
 from hierfl.errors import StoreLocked
 from hierfl.plan import Plan, task_seed
 from hierfl.receipts import Receipt, ReceiptState
@@ -95,7 +96,7 @@ async def test_local_tensors_go_on_from_round_to_round_and_never_travel(
         ("controller", {"federation": "other"}, "policy", "for region eu of other"),
         ("controller", {"app": "digits"}, "app_unknown", "for the app digits, here runs linear"),
         ("controller", {"app_version": "2"}, "app_unknown", "linear@2"),
-        ("controller", {"encoding": "int8"}, "requirement_unknown", "int8"),
+        ("controller", {"encoding": EncodingSpec(name="int3")}, "requirement_unknown", "int3"),
         ("controller", {"requires": ("noise",)}, "requirement_unknown", "noise"),
     ],
 )

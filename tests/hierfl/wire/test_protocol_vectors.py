@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from hierfl import documents, errors, pki
+from hierfl import documents, encodings, errors, pki
 from hierfl.aggregation import ColumnGroup, GroupKind, Weighting
 from hierfl.identity import Identity, RoleName
 from hierfl.layout import Layout, Role, TensorSpec, model_hash
@@ -81,6 +81,7 @@ HEAD = UpdateHead(
     base_model_hash=MODEL_HASH,
     task_hash=TASK.hash,
 )
+ENCODINGS = {"bfloat16": {}, "int8": {"block": 16}, "topk": {"fraction": 0.4}}
 LEADER_EPOCH = 7
 TICKET = bytes(range(16))
 TEST_KEY = ec.derive_private_key(0x5EED, ec.SECP256R1())
@@ -102,6 +103,24 @@ def chunk(values: np.ndarray) -> dict[str, object]:
         "values_hex": values.tobytes().hex(),
         "frame_hex": arrow.encode_chunk(values).hex(),
         "digests": digests,
+    }
+
+
+def encoded(name: str, options: dict[str, object]) -> dict[str, object]:
+    """What ``train`` of the update is on the wire, and what it stands for there."""
+    encoding, (group, _) = encodings.get(name, options), GROUPS
+    wire = encoding.encode(group, DELTA["train"], task_seed(PLAN.seed, PLAN.round, CLIENT))
+    decoded = encoding.decode(group, {vector: [values] for vector, values in wire.items()})
+    sums = np.zeros(group.num_values, np.int64)
+    assert encoding.fold(sums, group, {vector: [values] for vector, values in wire.items()}, HEAD.weight)
+    return {
+        "encoding": json.loads(documents.encode(encodings.spec(name, options))),
+        "vectors": {
+            vector: {"dtype": values.dtype.name, "values": values.tolist(), "values_hex": values.tobytes().hex()}
+            for vector, values in wire.items()
+        },
+        "decoded_hex": decoded.tobytes().hex(),
+        "sums": sums.tolist(),
     }
 
 
@@ -148,6 +167,7 @@ def computed() -> dict[str, object]:
             "statement": statement.decode(),
             **signed(UPDATE_CONTEXT, statement),
         },
+        "encodings": [encoded(choice, options) for choice, options in ENCODINGS.items()],
         "public_key_hex": public_point().hex(),
         "channel_options": dict(tls.channel_options(server)),
     }
