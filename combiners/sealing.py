@@ -6,6 +6,7 @@ The kernels release the GIL; the host calls this in a thread.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from combiners.events import Seal
 from combiners.messages import HandOver
@@ -46,8 +47,10 @@ def make_sealed(
 
 
 def _add_up(plan: Plan, hand_overs: Sequence[HandOver], num_sites: int) -> PartialAggregate:
-    """One sum over all incarnations; each has the weight of the claims it lists."""
-    total = Accumulator(plan.task.groups)
+    """One sum over all incarnations; each has the weight of the claims it lists. What one alone handed over is taken
+    as it is, views on Ray's object store.
+    """
+    partials = []
     for hand_over in hand_overs:
         partial = hand_over.partial
         weight = sum(entry.weight for entry in hand_over.entries)
@@ -55,7 +58,12 @@ def _add_up(plan: Plan, hand_overs: Sequence[HandOver], num_sites: int) -> Parti
         if found != (weight, len(hand_over.entries)):
             raise ValueOutOfRange(f"{hand_over.incarnation} handed over sums of another weight than its claims have")
         if partial is not None:
-            total.add(partial)
+            partials.append(partial)
+    if len(partials) == 1:
+        return replace(partials[0], num_sites=num_sites)
+    total = Accumulator(plan.task.groups)
+    for partial in partials:
+        total.add(partial)
     return total.partial(num_sites)
 
 

@@ -115,6 +115,9 @@ class Plan:
     report_timeout_s: float
     hold_s: float
     encoding: str = "float32"
+    partial_encoding: str = "packed"
+    """How the region's sum crosses the border: without loss, so that it is no part of the task and a sum that was
+    sealed for another run may count in this one. A region that does not know it, or sealed in another, abstains."""
     requires: tuple[str, ...] = ()
 
     @property
