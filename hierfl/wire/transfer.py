@@ -81,7 +81,7 @@ class Outgoing:
         only = encoding if encoding in arrow.DTYPES else None
         plain = {name: _plain(name, vector, only) for name, vector in vectors.items()}
         specs = tuple(VectorSpec(name=n, dtype=_dtype_name(v), num_values=v.size) for n, v in plain.items())
-        self._make_chunks = partial(_cut, plain, specs)
+        self._make_chunks: Callable[[], Iterator[np.ndarray]] = partial(_cut, plain, specs)
         self._describe(kind, layout_hash, specs, meta, encoding, digest_alg, keeps_copy)
 
     @classmethod
