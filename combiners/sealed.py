@@ -13,6 +13,7 @@ from hierfl import documents
 from hierfl.errors import StoreDamaged, WireError
 from hierfl.records import PartialHead
 from hierfl.residency import Release
+from hierfl.steadyfile import SteadyFile
 from hierfl.wire.framefile import read_frames, write_frames
 from hierfl.wire.packed import expect_partial, outgoing_partial
 from hierfl.wire.transfer import Outgoing
@@ -45,11 +46,11 @@ def seal(release: Release, layout_hash: str) -> Sealed:
 def write_sealed(path: Path, sealed: Sealed) -> None:
     """Write the file whole or not at all: temporary name, fsync, rename, fsync of the folder."""
     temporary = path.with_suffix(".tmp")
+    temporary.unlink(missing_ok=True)
     try:
-        with temporary.open("wb") as file:
+        with SteadyFile(temporary) as file:
             write_frames(file, sealed.outgoing.frames())
-            file.flush()
-            os.fsync(file.fileno())
+            file.sync()
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)

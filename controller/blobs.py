@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from hierfl.aggregation import ColumnGroup
 from hierfl.errors import DiskFull, NotFound, StorageError, StoreDamaged, ValueOutOfRange, WireError
 from hierfl.layout import Layout, model_hash
 from hierfl.packing import PackedSums
+from hierfl.steadyfile import SteadyFile
 from hierfl.types import Float32Array, ModelHash
 from hierfl.wire import digest as digests
 from hierfl.wire.framefile import read_frames, write_frames
@@ -135,7 +136,7 @@ class Blobs:
         """A partial to be written frame by frame; it is gone afterwards unless it was kept."""
         temporary = self._path("partials", f".part-{uuid.uuid4().hex}")
         with storage_errors(self._directory):
-            file = temporary.open("xb")
+            file = SteadyFile(temporary)
         try:
             yield ArrivingPartial(file, temporary, self._directory)
         finally:
@@ -173,13 +174,12 @@ class Blobs:
         state = digests.new(alg)
         with storage_errors(self._directory):
             try:
-                with temporary.open("xb") as file:
+                with SteadyFile(temporary) as file:
                     for part in parts:
                         if not name:
                             state.update(memoryview(part).cast("B"))
                         file.write(part)
-                    file.flush()
-                    os.fsync(file.fileno())
+                    file.sync()
                 named = name() if callable(name) else name
                 temporary.replace(self._path(kind, named or state.hexdigest()))
                 sync_directory(self._directory / kind)
@@ -202,7 +202,7 @@ class Blobs:
 class ArrivingPartial:
     """See ``Blobs.arriving_partial``. Methods block."""
 
-    def __init__(self, file: BinaryIO, temporary: Path, directory: Path) -> None:
+    def __init__(self, file: SteadyFile, temporary: Path, directory: Path) -> None:
         self._file, self._temporary, self._directory = file, temporary, directory
 
     def write(self, frame: bytes) -> None:
@@ -218,8 +218,7 @@ class ArrivingPartial:
         """All frames are there and have this digest: make them durable under its name."""
         kind = self._directory / "partials"
         with storage_errors(self._directory):
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            self._file.sync()
             self._temporary.replace(kind / digest.partition(":")[2])
             sync_directory(kind)
 

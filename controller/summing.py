@@ -15,7 +15,6 @@ from controller.rows import AnswerRow
 from hierfl.aggregation import Accumulator, ColumnGroup, PartialAggregate
 from hierfl.errors import StoreDamaged
 from hierfl.packing import PackedSums
-from hierfl.records import PartialHead
 
 __all__ = ["RunningSum"]
 
@@ -63,7 +62,7 @@ class RunningSum:
                     self._forget()
                 for answer in answers:
                     if answer.digest not in self._added:
-                        self._add(answer, read(answer.blob, self._groups))
+                        self._add(answer, read(_partial(answer).blob, self._groups))
                 return self._open().partial(sum(self._added.values()))
             finally:
                 self._forget()
@@ -73,7 +72,8 @@ class RunningSum:
             self._add(*self._waiting.pop(0))
 
     def _add(self, answer: AnswerRow, packed: PackedSums) -> None:
-        head = _head(answer)
+        head = _partial(answer).head
+        assert head is not None, "it is a partial"
         self._open().add_packed(packed, head.weight, head.num_updates, head.metrics)
         self._added[answer.digest] = head.num_sites
 
@@ -87,7 +87,7 @@ class RunningSum:
         self._total, self._added = None, {}
 
 
-def _head(answer: AnswerRow) -> PartialHead:
+def _partial(answer: AnswerRow) -> AnswerRow:
     if answer.head is None:
         raise StoreDamaged(f"region {answer.region} has no partial in {answer.key}")
-    return answer.head
+    return answer

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Protocol
 
 from hierfl.errors import TransferIncomplete
 from hierfl.wire.transfer import Expect, Incoming
@@ -15,7 +15,13 @@ from hierfl.wire.transfer import Expect, Incoming
 __all__ = ["read_frames", "write_frames"]
 
 
-def write_frames(file: BinaryIO, frames: Iterable[bytes]) -> None:
+class Writable(Protocol):
+    """An open file, as far as it is used."""
+
+    def write(self, data: bytes, /) -> object: ...
+
+
+def write_frames(file: Writable, frames: Iterable[bytes]) -> None:
     """Append frames to an open file."""
     for frame in frames:
         file.write(len(frame).to_bytes(8, "little"))
