@@ -1,4 +1,4 @@
-"""What is done to every value of a model, on one thread: check, fold, add, finish, apply, hash.
+"""What is done to every value of a model, on one thread: check, fold, add, pack, finish, apply, hash.
 
 The update comes as it does from the wire: in read-only chunks of 1 MiB. All but the hash is held against copying the
 update's values, also what touches more bytes than that (sums of 64 and 128 bits, a strategy's memory).

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from controller.budget import check_budget
 from controller.rows import AttemptRow, RunRow
 from hierfl import strategies
 from hierfl.errors import ConfigError
@@ -73,6 +74,7 @@ def new_run(
         raise ConfigError(
             "arithmetic.total_weight", caps.total_weight, f"must be at least {least}: regions share it out"
         )
+    check_budget(job, strategy, layout, len(regions))
     return RunRow(
         run=run,
         request_id=request_id,

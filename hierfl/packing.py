@@ -20,7 +20,7 @@ import numpy as np
 
 from hierfl import kernels_packing as kernels
 from hierfl import parallel
-from hierfl.columns import ColumnGroup, GroupKind
+from hierfl.columns import MAX_SUM, ColumnGroup, GroupKind
 from hierfl.errors import LayoutMismatch, ValueOutOfRange
 from hierfl.kernels_packing import BLOCK, LANES, MAX_WIDTH, UInt8Array, UInt64Array
 from hierfl.types import Int64Array
@@ -34,6 +34,7 @@ __all__ = [
     "columns_of",
     "max_words",
     "measure",
+    "most_bytes",
     "num_blocks",
     "pack",
     "values_of",
@@ -80,6 +81,18 @@ def num_blocks(columns: Sequence[Column]) -> int:
 def max_words(columns: Iterable[Column]) -> int:
     """Words that the columns have where every block is ``MAX_WIDTH`` wide: at most their values, in whole rows."""
     return sum(-(-column.group.num_values // LANES) * LANES for column in columns)
+
+
+def most_bytes(groups: Iterable[ColumnGroup], weight: int) -> int:
+    """The most that sums of updates of so much ``weight`` can take, whatever they are: widths, references, words."""
+    columns, widths = columns_of(groups), []
+    for column in columns:
+        bound = column.group.max_q * weight
+        if column.group.kind is GroupKind.WIDE:
+            bound = bound >> 64 if column.half == 0 else MAX_SUM
+        widths.append(np.full(column.num_blocks, min((2 * bound + 1).bit_length(), MAX_WIDTH), np.uint8))
+    blocks = Blocks(columns, np.zeros(num_blocks(columns), np.int64), np.concatenate([np.empty(0, np.uint8), *widths]))
+    return 8 * blocks.num_words + 9 * blocks.widths.size
 
 
 @dataclass(frozen=True)

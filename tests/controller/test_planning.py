@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -56,6 +57,28 @@ def test_the_total_weight_is_shared_by_all_provisioned_regions(job):
     tight = replace(job(), arithmetic=Arithmetic(max_weight=100, total_weight=299))
     with pytest.raises(ConfigError, match=r"arithmetic\.total_weight"):
         new_run(tight, LAYOUT, "a" * 64, REGIONS, run=RunId("r"), request_id="", now_unix_ns=1)
+
+
+def test_a_budget_that_exact_sums_could_exceed_is_refused_with_what_would_fit(job):
+    layout = Layout.of({"w": np.zeros(100_000, np.float32)})
+
+    def submit(budget, **caps):
+        made = job(border_budget_bytes=budget)
+        made = replace(made, arithmetic=replace(made.arithmetic, max_weight=1000, **caps))
+        return new_run(made, layout, "a" * 64, REGIONS, run=RunId("r"), request_id="", now_unix_ns=1)
+
+    with pytest.raises(ConfigError) as refused:
+        submit(600_000)
+    words = str(refused.value)
+    assert refused.value.key == "round.border_budget_bytes"
+    values = {name: float(value) for name, value in re.findall(r"arithmetic\.(\w+) = ([\d.e+-]+)", words)}
+    assert submit(600_000, max_abs=values["max_abs"])
+    assert submit(600_000, total_weight=int(values["total_weight"]))
+    most = int(re.search(r"at least ([\d,]+)", words)[1].replace(",", ""))
+    assert submit(most)
+    with pytest.raises(ConfigError):
+        submit(most - 1)
+    assert submit(0)
 
 
 def test_a_plan_is_the_same_bytes_each_time_and_a_valid_plan(job):

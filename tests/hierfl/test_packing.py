@@ -11,7 +11,6 @@ from hierfl import kernels, packing
 from hierfl.aggregation import Accumulator, ColumnGroup, GroupKind, Weighting
 from hierfl.errors import LayoutMismatch, ValueOutOfRange
 from hierfl.packing import Blocks, PackedSums, WordReader, columns_of
-from hierfl.strategies import get
 
 kernels.warm_up()  # the forms are compared in test_kernels_packing
 
@@ -137,27 +136,21 @@ def test_adding_packed_partials_is_adding_partials():
         Accumulator(groups[:1]).add_packed(PackedSums(blocks, words), 1, 1, {})
 
 
-def bytes_per_parameter(num_clients: int, num_values: int = 2**17) -> float:
-    """Of a sum's packed form: weights seeded, 1 to 1,000, deltas normal with a standard deviation of 1e-3."""
-    random = np.random.default_rng(num_clients)
-    groups = get("fedavg", {}).column_groups(layout_of(num_values))
-    assert groups[0].s == 32
-    total = Accumulator(groups)
-    for _ in range(num_clients):
-        delta = random.standard_normal(num_values, np.float32) * np.float32(1e-3)
-        total.fold({"train": [delta]}, int(random.integers(1, 1001)))
-    blocks = packing.measure(groups, total.partial(num_clients).sums)
-    return (8 * blocks.num_words + 9 * blocks.widths.size) / num_values
-
-
-def layout_of(num_values: int):
-    from hierfl.layout import Layout
-
-    return Layout.of({"w": np.zeros(num_values, np.float32)})
-
-
-def test_a_sum_takes_at_most_1_4_bytes_for_each_byte_of_the_model_whatever_the_number_of_clients():
-    few, many = bytes_per_parameter(10), bytes_per_parameter(1000)
-    assert few <= 1.4 * 4
-    assert many <= 1.4 * 4
-    assert abs(many - few) <= 0.2 * few
+@settings(max_examples=40, deadline=None)
+@given(weight=st.integers(1, 2**24), kind=st.sampled_from(list(GroupKind)), size=SIZES, s=st.integers(0, 1))
+def test_no_sum_within_the_caps_takes_more_than_the_caps_allow(weight, kind, size, s):
+    one = ColumnGroup(
+        name="a",
+        kind=kind,
+        s=0 if kind is GroupKind.COUNT else 32 * s,
+        max_abs=8.0,
+        weighting=Weighting.WEIGHT,
+        num_values=size,
+    )
+    bound = one.max_q * weight
+    values = [bound if index % 2 else -bound for index in range(size)]
+    sums = np.array([value & (2**64 - 1) for value in values], np.uint64).view(np.int64)
+    if kind is GroupKind.WIDE:
+        sums = np.stack([np.array([value >> 64 for value in values], np.int64), sums])
+    blocks = packing.measure([one], {"a": sums})
+    assert 8 * blocks.num_words + 9 * blocks.widths.size <= packing.most_bytes([one], weight)

@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hierfl.aggregation import ColumnGroup, GroupKind, PartialAggregate, Weighting
+from hierfl.aggregation import Accumulator, ColumnGroup, GroupKind, PartialAggregate, Weighting
 from hierfl.errors import LayoutMismatch, TransferIncomplete, ValueOutOfRange, WireError
+from hierfl.layout import Layout
 from hierfl.packing import PackedSums
+from hierfl.strategies import get
 from hierfl.types import AttemptKey, Int64Array, RunId, TaskKind
 from hierfl.wire.framefile import read_frames, write_frames
 from hierfl.wire.packed import NO_WORDS, WORDS, BoundsCheck, blocks_of, expect_partial, outgoing_partial, packed_sums
@@ -197,3 +199,29 @@ def test_wide_sums_beyond_64_bits_are_bounded_by_both_halves():
         else:
             with pytest.raises(ValueOutOfRange, match="group 'm'"):
                 check.finish(packed)
+
+
+def border_bytes(num_clients: int, num_values: int) -> tuple[int, int]:
+    """All frames up and down of one round: weights seeded, 1 to 1,000, deltas normal with a deviation of 1e-3."""
+    random = np.random.default_rng(num_clients)
+    model = {"train": random.standard_normal(num_values, np.float32)}
+    layout = Layout.of({"w": model["train"]})
+    groups = get("fedavg", {}).column_groups(layout)
+    assert groups[0].s == 32
+    total = Accumulator(groups)
+    for _ in range(num_clients):
+        delta = random.standard_normal(num_values, np.float32) * np.float32(1e-3)
+        total.fold({"train": [delta]}, int(random.integers(1, 1001)))
+    up = outgoing_partial(layout.hash, groups, total.partial(num_clients).sums, b"{}")
+    down = Outgoing("model", layout.hash, model, meta=layout.to_bytes())
+    return sum(map(len, up.frames(KEY))), sum(map(len, down.frames()))
+
+
+def test_a_border_carries_at_most_1_4_models_up_and_1_down_whatever_the_number_of_clients():
+    num_values = 2**18
+    (few_up, few_down), (many_up, many_down) = border_bytes(10, num_values), border_bytes(1000, num_values)
+    assert few_up <= 1.4 * 4 * num_values
+    assert many_up <= 1.4 * 4 * num_values
+    assert abs(many_up - few_up) <= 0.2 * few_up
+    for down in (few_down, many_down):
+        assert down <= 1.001 * 4 * num_values, "framing included"
