@@ -23,7 +23,7 @@ from hierfl.types import AttemptKey
 from hierfl.wire import hierfl_pb2 as pb
 from hierfl.wire.header import MAX_HEADER_BYTES, continues, join_header
 from hierfl.wire.status import from_rpc_error
-from hierfl.wire.transfer import Incoming, Outgoing
+from hierfl.wire.transfer import Outgoing
 from hierfl.wire.versions import PROTOCOL_VERSIONS, negotiate
 
 __all__ = [

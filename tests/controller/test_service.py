@@ -189,9 +189,9 @@ async def test_a_partial_that_ended_early_goes_on_where_it_broke_off_and_counts_
     run = await running.submit(operator, job())
     _, plan = await eu.plan()
     outgoing = eu.partial(plan)
-    header, chunk, _ = outgoing.frames(plan.key)
+    header, *chunks, _ = outgoing.frames(plan.key)
     there = []
-    for frames in ([header, chunk], [header]):
+    for frames in ([header, *chunks[:-1]], [header, chunks[-1]], [header]):
         call = eu.stub.Uplink(metadata=((rpc.RESUME, outgoing.digest),))
         await call.write(frames[0])
         there.append(rpc.chunks_there(tuple(await call.initial_metadata())))
@@ -201,7 +201,7 @@ async def test_a_partial_that_ended_early_goes_on_where_it_broke_off_and_counts_
         with pytest.raises(grpc.RpcError) as caught:
             await call
         assert isinstance(eu.stub.error(caught.value), TransferIncomplete)
-    assert there == [0, 1]
+    assert there == [0, len(chunks) - 1, len(chunks)]
     await eu.uplink(plan, outgoing)
     await us.answer()
     assert (await ended(operator, run))[-1].summary.state == "finished"
