@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from hierfl import kernels, limbs
+from hierfl import kernels, kernels_finish, limbs
 from hierfl.columns import ColumnGroup, GroupKind, Weighting, check_values, choose_scale
 from hierfl.errors import InvalidTransition, LayoutMismatch, ValueOutOfRange
 from hierfl.metrics import add_metrics
@@ -137,11 +137,15 @@ class PartialAggregate:
 
     def finish_part(self, group: ColumnGroup, part: slice) -> Float64Array:
         """Some of a group's values as ``finish`` makes them: to work on a large model block by block."""
-        result = _as_float64(group, self.sums[group.name][..., part])
-        if group.weighting is not Weighting.NONE:
-            result /= float(group.total(self.weight, self.num_updates))
-        result *= 1.0 / 2**group.s  # exact
-        return result
+        sums = self.sums[group.name][..., part]
+        total = 1 if group.weighting is Weighting.NONE else group.total(self.weight, self.num_updates)
+        scale = 1.0 / 2**group.s  # multiplying by it is exact
+        if group.kind is GroupKind.WIDE:
+            wide: Float64Array = limbs.as_float64(sums) / float(total) * scale
+            return wide
+        means = np.empty(sums.size, np.float64)
+        kernels_finish.active().mean(sums, float(total), scale, means)
+        return means
 
     def _finish_group(self, group: ColumnGroup) -> Float64Array:
         result = np.empty(group.num_values, np.float64)
@@ -313,7 +317,3 @@ def _add_sums(group: ColumnGroup, sums: Int64Array, other: Int64Array) -> None:
         limbs.add_into(sums, other)
     else:
         sums += other
-
-
-def _as_float64(group: ColumnGroup, sums: Int64Array) -> Float64Array:
-    return limbs.as_float64(sums) if group.kind is GroupKind.WIDE else sums.astype(np.float64)

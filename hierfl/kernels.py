@@ -16,7 +16,7 @@ from typing import NamedTuple, cast
 import numpy as np
 import numpy.typing as npt
 
-from hierfl import kernels_packing
+from hierfl import kernels_finish, kernels_packing
 from hierfl.types import Float32Array, Int64Array
 
 __all__ = ["NUMPY", "Kernels", "active", "compiled", "warm_up"]
@@ -187,12 +187,13 @@ def active() -> Kernels:
 
 
 def warm_up() -> bool:
-    """Compile the kernels, those of packing too, or load them from numba's cache, and use them from now on.
+    """Compile the kernels, also those of packing and finishing, or load them from numba's cache, and use them.
 
     Returns whether they are compiled: False where numba is not installed, and NumPy's form goes on.
     """
     global _active  # noqa: PLW0603 -- set once, when a server starts
     kernels_packing.warm_up()
+    kernels_finish.warm_up()
     kernels = compiled()
     _active = kernels or NUMPY
     return kernels is not None

@@ -14,7 +14,7 @@ from typing import ClassVar, NamedTuple, Protocol, cast
 
 import numpy as np
 
-from hierfl import kernels, parallel
+from hierfl import kernels_finish, parallel
 from hierfl.aggregation import FINISH_BLOCK, ColumnGroup, GroupKind, PartialAggregate, Weighting, choose_scale
 from hierfl.errors import ConfigError, ConfigErrors, StoreDamaged, ValueOutOfRange
 from hierfl.layout import Layout
@@ -48,7 +48,6 @@ Step = Callable[[Float64Array, Memory], tuple[Float64Array, Memory]]
 MEAN_MAX_ABS = 2.0**20
 SHARE = 64 * FINISH_BLOCK
 """Values that a thread does before it takes up others."""
-FLOAT32_MAX = np.finfo(np.float32).max
 STEP = "step"
 
 
@@ -160,9 +159,7 @@ def advance(
             change, memory = step(change, {key: array[part] for key, array in state.arrays.items()})
             for key, values in memory.items():
                 after[key][part] = values
-        with np.errstate(over="ignore", invalid="ignore"):  # looked for here
-            model[name][part] = params[name][part] + change
-        return kernels.active().first_out_of_range(model[name][part], FLOAT32_MAX)
+        return kernels_finish.active().move(params[name][part], change, model[name][part])
 
     def move_share(name: str, first: int) -> int:
         for start in range(first, min(first + SHARE, params[name].size), FINISH_BLOCK):
