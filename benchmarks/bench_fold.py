@@ -1,4 +1,4 @@
-"""What is done to every value of a model, on one thread: check, fold, add, finish, apply, hash.
+"""What is done to every value of a model, in CPU time: check, fold, add, pack, finish, apply, hash.
 
 The update comes as it does from the wire: in read-only chunks of 1 MiB. All but the hash is held against copying the
 update's values, also what touches more bytes than that (sums of 64 and 128 bits, a strategy's memory).
@@ -12,16 +12,19 @@ from functools import partial
 
 import numpy as np
 
-from benchmarks.harness import Figure, alternate, thread_seconds
+from benchmarks.harness import Figure, alternate, cpu_seconds
 from hierfl import encodings, kernels_encodings
+from hierfl import packing as packed
 from hierfl.aggregation import Accumulator, ColumnGroup, GroupKind, PartialAggregate, Weighting, check_values
 from hierfl.layout import Layout, model_hash
+from hierfl.packing import PackedSums
 from hierfl.strategies import Strategy, get
 from hierfl.types import Float32Array
 
 __all__ = ["measure"]
 
 CHUNK_BYTES = 2**20
+PIECE_WORDS = CHUNK_BYTES // 8
 WEIGHT = 1000
 TRAIN = "train"
 ENCODINGS = ("float32", "bfloat16", "int8", "topk")
@@ -53,7 +56,7 @@ def measure(seed: int, num_values: int = 25_000_000, repeats: int = 9) -> tuple[
 
 def beside(name: str, yardstick: Callable[[], object], actions: Actions, repeats: int) -> list[Figure]:
     """Time ``actions`` in turns with ``yardstick``."""
-    timings = {key: partial(thread_seconds, action) for key, action in {name: yardstick, **actions}.items()}
+    timings = {key: partial(cpu_seconds, action) for key, action in {name: yardstick, **actions}.items()}
     taken = alternate(repeats, timings)
     return [Figure(name=key, cpu_s=taken[key], beside=name, beside_cpu_s=taken[name]) for key in actions]
 
@@ -112,9 +115,22 @@ def merging(chunks: list[Float32Array], model: Float32Array) -> Actions:
     total = sums.partial(1)
     return {
         "add a partial aggregate": partial(Accumulator(groups).add, total),
+        **packing(groups, total),
         "finish: sums to means": total.finish,
         "FedAvg, finish included": applying(fedavg, params, total),
         "FedAdam, finish included": applying(fedadam, params, total),
+    }
+
+
+def packing(groups: tuple[ColumnGroup, ...], total: PartialAggregate) -> Actions:
+    """A region's work on its partial aggregate, and the controller's on what comes of it."""
+    blocks = packed.measure(groups, total.sums)
+    pieces = [piece.copy() for piece in packed.pack(blocks, total.sums, PIECE_WORDS)]
+    return {
+        "pack a partial aggregate": lambda: sum(
+            piece.size for piece in packed.pack(packed.measure(groups, total.sums), total.sums, PIECE_WORDS)
+        ),
+        "unpack one and add it": partial(PackedSums(blocks, pieces).add_into, Accumulator(groups).partial(0).sums),
     }
 
 

@@ -6,7 +6,7 @@ checked against its name whenever it is read. All controllers of a federation sh
     models/HASH      64 bytes: the layout's hash in hex; then the vectors, little-endian float32, in its order
     layouts/HASH     the layout's canonical bytes
     states/SHA256    safetensors
-    partials/BLAKE3  the vectors, little-endian int64, in the plan's order
+    partials/DIGEST  the frames of its transfer, as they came, under its digest (``hierfl/wire/framefile.py``)
 """
 
 from __future__ import annotations
@@ -14,19 +14,25 @@ from __future__ import annotations
 import errno
 import os
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hierfl.errors import DiskFull, NotFound, StorageError, StoreDamaged, WireError
+from hierfl.aggregation import ColumnGroup
+from hierfl.errors import DiskFull, NotFound, StorageError, StoreDamaged, ValueOutOfRange, WireError
 from hierfl.layout import Layout, model_hash
-from hierfl.types import Float32Array, Int64Array, ModelHash
+from hierfl.packing import PackedSums
+from hierfl.steadyfile import SteadyFile
+from hierfl.types import Float32Array, ModelHash
 from hierfl.wire import digest as digests
+from hierfl.wire.framefile import read_frames, write_frames
+from hierfl.wire.packed import expect_partial, packed_sums
 
-__all__ = ["Blobs", "durable_directory", "storage_errors", "sync_directory"]
+__all__ = ["ArrivingPartial", "Blobs", "durable_directory", "storage_errors", "sync_directory"]
 
 LAYOUT_HASH_BYTES = 64
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -37,6 +43,7 @@ class Blobs:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
+        self._newest: tuple[ModelHash, Layout, dict[str, Float32Array]] | None = None
         for kind in ("models", "layouts", "states", "partials"):
             durable_directory(directory / kind)
         for left in directory.glob("*/.part-*"):
@@ -45,11 +52,22 @@ class Blobs:
     # -------------------------------------------------------------- models
 
     def put_model(self, layout: Layout, vectors: Mapping[str, Float32Array]) -> ModelHash:
-        """Store a model and its layout, durably. Storing it again changes nothing."""
-        name = model_hash(layout, vectors)
-        self._write("layouts", [layout.to_bytes()], layout.hash)
+        """Store a model and its layout, durably; its vectors must not change afterwards. Storing it again changes
+        nothing.
+        """
+        layout.check_vectors(vectors)
+        if not self._path("layouts", layout.hash).is_file():
+            self._write("layouts", [layout.to_bytes()], layout.hash)
         parts = [np.ascontiguousarray(vectors[vector], dtype="<f4") for vector in layout.vectors]
-        self._write("models", [layout.hash.encode(), *parts], name)
+        with ThreadPoolExecutor(1) as beside:  # hashed while it is written: both take their time
+            hashed = beside.submit(model_hash, layout, vectors)
+            self._write("models", [layout.hash.encode(), *parts], hashed.result)
+        name = hashed.result()
+        self._newest = (
+            name,
+            layout,
+            {vector: _frozen(part) for vector, part in zip(layout.vectors, parts, strict=True)},
+        )
         return name
 
     def has_model(self, name: str) -> bool:
@@ -73,12 +91,16 @@ class Blobs:
         return layout
 
     def model(self, name: ModelHash) -> tuple[Layout, dict[str, Float32Array]]:
-        """A stored model, checked against its hash: its layout, and flat float32 vectors by name.
+        """A stored model: its layout, and flat float32 vectors by name. The one that was stored last is still in
+        memory, read-only; any other is read, and checked against its hash.
 
         Raises:
             NotFound: No such model here.
             StoreDamaged: The file is not the model that its name says.
         """
+        newest = self._newest
+        if newest is not None and newest[0] == name:
+            return newest[1], dict(newest[2])
         layout = self.layout_of(name)
         vectors: dict[str, Float32Array] = {}
         with storage_errors(self._directory), self._path("models", name).open("rb") as file:
@@ -109,41 +131,57 @@ class Blobs:
 
     # -------------------------------------------------------------- partial aggregates
 
-    def put_partial(self, chunks: Iterable[np.ndarray]) -> str:
-        """Store the values of a partial, chunk after chunk in the plan's order; returns ``blake3:hex``."""
-        return self._write("partials", (np.ascontiguousarray(chunk, dtype="<i8") for chunk in chunks), alg="blake3")
+    @contextmanager
+    def arriving_partial(self) -> Iterator[ArrivingPartial]:
+        """A partial to be written frame by frame; it is gone afterwards unless it was kept."""
+        temporary = self._path("partials", f".part-{uuid.uuid4().hex}")
+        with storage_errors(self._directory):
+            file = SteadyFile(temporary)
+        try:
+            yield ArrivingPartial(file, temporary, self._directory)
+        finally:
+            with storage_errors(self._directory):
+                temporary.unlink(missing_ok=True)
+                file.close()
 
-    def partial(self, digest: str, sizes: Mapping[str, int]) -> dict[str, Int64Array]:
-        """The vectors of a partial, cut to ``sizes`` in their order.
+    def partial(self, digest: str, groups: tuple[ColumnGroup, ...]) -> PackedSums:
+        """A stored partial over ``groups``, packed as it came.
 
         Raises:
-            StoreDamaged: The file is not there, has another digest, or another length.
+            StoreDamaged: The file is not there, has another digest, or is of other groups.
         """
-        values = np.frombuffer(self._read("partials", digest), "<i8")
-        if values.size != sum(sizes.values()):
-            raise StoreDamaged(f"partial {digest} has {values.size} values, not {sum(sizes.values())}")
-        ends = np.cumsum(list(sizes.values()))
-        return {name: values[end - size : end] for (name, size), end in zip(sizes.items(), ends, strict=True)}
+        name = digest.partition(":")[2]
+        try:
+            with storage_errors(self._directory), _found("partials", name, self._directory):
+                incoming = read_frames(self._path("partials", name), expect_partial(groups, None, digest))
+            return packed_sums(incoming, groups)
+        except (WireError, ValueOutOfRange) as error:
+            raise StoreDamaged(
+                f"partials/{name} in {self._directory} is damaged ({error}); restore it from a backup"
+            ) from None
 
     # -------------------------------------------------------------- files
 
     def _path(self, kind: str, name: str) -> Path:
         return self._directory / kind / name
 
-    def _write(self, kind: str, parts: Iterable[Any], name: str = "", alg: str = "sha256") -> str:
-        """Write durably under ``name``, or the hex of the content's digest if none is given; returns the digest."""
+    def _write(self, kind: str, parts: Iterable[Any], name: str | Callable[[], str] = "", alg: str = "sha256") -> str:
+        """Write durably under ``name``, or the hex of the content's digest if none is given; returns the digest.
+
+        A ``name`` that is still being made is asked for once all is written.
+        """
         temporary = self._path(kind, f".part-{uuid.uuid4().hex}")
         state = digests.new(alg)
         with storage_errors(self._directory):
             try:
-                with temporary.open("xb") as file:
+                with SteadyFile(temporary) as file:
                     for part in parts:
                         if not name:
                             state.update(memoryview(part).cast("B"))
                         file.write(part)
-                    file.flush()
-                    os.fsync(file.fileno())
-                temporary.replace(self._path(kind, name or state.hexdigest()))
+                    file.sync()
+                named = name() if callable(name) else name
+                temporary.replace(self._path(kind, named or state.hexdigest()))
                 sync_directory(self._directory / kind)
             finally:
                 temporary.unlink(missing_ok=True)
@@ -152,16 +190,37 @@ class Blobs:
     def _read(self, kind: str, digest: str) -> bytes:
         """A whole file, checked against the digest that names it."""
         alg, _, name = digest.partition(":")
-        with storage_errors(self._directory):
-            try:
-                data = self._path(kind, name).read_bytes()
-            except FileNotFoundError:
-                raise StoreDamaged(f"{kind}/{name} is missing in {self._directory}; restore it") from None
+        with storage_errors(self._directory), _found(kind, name, self._directory):
+            data = self._path(kind, name).read_bytes()
         state = digests.new(alg)
         state.update(data)
         if state.hexdigest() != name:
             raise StoreDamaged(f"{kind}/{name} in {self._directory} is damaged; restore it from a backup")
         return data
+
+
+class ArrivingPartial:
+    """See ``Blobs.arriving_partial``. Methods block."""
+
+    def __init__(self, file: SteadyFile, temporary: Path, directory: Path) -> None:
+        self._file, self._temporary, self._directory = file, temporary, directory
+
+    def write(self, frame: bytes) -> None:
+        """Append the next frame.
+
+        Raises:
+            DiskFull, StorageError: It cannot be written.
+        """
+        with storage_errors(self._directory):
+            write_frames(self._file, (frame,))
+
+    def keep(self, digest: str) -> None:
+        """All frames are there and have this digest: make them durable under its name."""
+        kind = self._directory / "partials"
+        with storage_errors(self._directory):
+            self._file.sync()
+            self._temporary.replace(kind / digest.partition(":")[2])
+            sync_directory(kind)
 
 
 @contextmanager
@@ -173,6 +232,14 @@ def storage_errors(where: Path) -> Iterator[None]:
         if error.errno in FULL:
             raise DiskFull(f"no space left for {where}: make room and resume the run") from None
         raise StorageError(f"{where}: {error.strerror or error}") from None
+
+
+@contextmanager
+def _found(kind: str, name: str, directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise StoreDamaged(f"{kind}/{name} is missing in {directory}; restore it") from None
 
 
 def durable_directory(path: Path) -> None:
@@ -190,6 +257,12 @@ def sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _frozen(vector: Float32Array) -> Float32Array:
+    view = vector.view()
+    view.flags.writeable = False
+    return view
 
 
 def _is_hash(name: str) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from controller.planning import plan_for
 from controller.registry import Registry
 from controller.rows import AnswerRow, AttemptRow, RunRow
+from controller.summing import RunningSum
 from hierfl import observe
 from hierfl.plan import Plan
 from hierfl.receipts import Reason
@@ -29,6 +30,7 @@ class Collection:
         self.row = row
         self.answers = {answer.region: answer for answer in answers}
         self.plans: dict[RegionId, Plan] = {region: plan_for(run, row, region, federation) for region in run.regions}
+        self.sum = RunningSum(row.spec.groups)
         self.opened_at = opened_at
         self.span = observe.begin(observe.SPAN_ROUND, run=run.run, task=row.task, round=row.round, attempt=row.attempt)
         self._rules = run.job.round

@@ -283,7 +283,7 @@ class RunLoop:
         leader, answers = self._leader, open_.counted()
         with observe.under(open_.span):
             with observe.span(observe.SPAN_MERGE, num_partials=len(answers)):
-                total = await asyncio.to_thread(merge_partials, leader.blobs, open_.row, answers)
+                total = await asyncio.to_thread(merge_partials, leader.blobs, open_.row, answers, open_.sum)
                 train = open_.row.task is TaskKind.TRAIN
                 made = await asyncio.to_thread(next_model, leader.blobs, self.row, total) if train else None
             with observe.span(observe.SPAN_COMMIT, num_sites=total.num_sites):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from controller.budget import check_budget
 from controller.rows import AttemptRow, RunRow
 from hierfl import encodings, strategies
 from hierfl.encodings import EncodingSpec
@@ -76,6 +77,7 @@ def new_run(
         )
     groups = strategy.column_groups(layout, max_abs=caps.max_abs, total_weight=caps.total_weight)
     encodings.length_bytes(encodings.get(job.updates.encoding, job.updates.options), groups)
+    check_budget(job, strategy, layout, len(regions))
     return RunRow(
         run=run,
         request_id=request_id,

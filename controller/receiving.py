@@ -1,5 +1,7 @@
 """A partial aggregate arrives: on disk and in the store before its region is told that it is there.
 
+It is written and held against its plan while it arrives, and added to the attempt's sum once it is durable.
+
 The same bytes under the same key get the same answer again, however late; others are refused. A partial whose
 contents break its plan is that region's last word on the attempt: the others do not wait for a better one.
 """
@@ -10,18 +12,22 @@ import asyncio
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Callable
 
+from controller.blobs import ArrivingPartial
 from controller.collection import Collection, abstention
 from controller.leader import Leader
-from controller.merge import check_partial, partial_sizes
-from controller.rows import AnswerRow, AttemptRow
+from controller.merge import check_head
+from controller.rows import AnswerRow
 from hierfl import documents
 from hierfl.errors import HierFLError, RegionRejected, RoundClosed, WireError
+from hierfl.packing import PackedSums
+from hierfl.plan import Plan
 from hierfl.receipts import Reason
 from hierfl.records import PartialHead
 from hierfl.types import AttemptKey, RegionId
 from hierfl.wire import rpc
+from hierfl.wire.packed import NO_WORDS, WORDS, BoundsCheck, blocks_of, expect_partial, packed_sums
 from hierfl.wire.resume import Unfinished
-from hierfl.wire.transfer import Expect, Incoming, VectorSpec, read_header
+from hierfl.wire.transfer import Incoming, read_header
 
 __all__ = ["receive_partial", "take_abstention"]
 
@@ -45,15 +51,86 @@ async def receive_partial(
     earlier = _earlier(leader, key, region)
     row = leader.attempt(key) if earlier else leader.collecting(key, region).row
     assert row is not None, "what was answered was offered"
-    incoming = Incoming(_expect(leader, row, earlier.digest if earlier else None))
-    try:
-        incoming.feed(first)
-    except WireError as error:
-        raise (_refusal(leader, key, region, error) if earlier is None else error) from None
-    await unfinished.receive((region, key), frames, incoming, stream)
+    expect = expect_partial(row.spec.groups, leader.run(row.run).row.layout_hash, earlier.digest if earlier else None)
+    incoming = Incoming(expect)
     if earlier is not None:
+        incoming.feed(first)
+        await unfinished.receive((region, key), frames, incoming, stream)
         return earlier
-    return await _take(leader, leader.collecting(key, region), region, incoming)
+    with leader.blobs.arriving_partial() as file:
+        arrival = Arrival(incoming, leader.collecting(key, region).plans[region], region, file)
+        try:
+            arrival.feed(first)
+        except WireError as error:
+            raise _refusal(leader, key, region, error) from None
+        await unfinished.receive((region, key), frames, incoming, stream, through=arrival)
+        return await _take(leader, leader.collecting(key, region), region, arrival)
+
+
+class Arrival:
+    """A partial that is arriving: looked at and written while the rest is on its way.
+
+    What is wrong with its contents is told once all of it is there and has its digest: until then they may have
+    changed on the way.
+    """
+
+    def __init__(self, incoming: Incoming, plan: Plan, region: RegionId, file: ArrivingPartial) -> None:
+        self.incoming, self._plan, self._region, self._file = incoming, plan, region, file
+        self._has_header, self._written, self._seen = False, 0, 0
+        self._bounds: BoundsCheck | None = None
+        self._objection: HierFLError | None = None
+
+    def feed(self, frame: bytes) -> None:
+        """Take the next frame. Raises as ``Incoming.feed``, and ``StorageError`` if it cannot be written."""
+        is_chunk = self._has_header
+        self.incoming.feed(frame)
+        self._has_header = True
+        for chunk in self.incoming.frames[self._written :]:
+            self._file.write(chunk)
+            self._written += 1
+        if not is_chunk or self.incoming.complete:
+            self._file.write(frame)
+        if self._objection is None:
+            try:
+                self._look()
+            except (WireError, RegionRejected) as error:
+                self._objection = error
+
+    def close(self) -> None:
+        """All frames are there; whether they are right. Raises as ``Incoming.close``."""
+        self.incoming.close()
+
+    def _look(self) -> None:
+        if self._bounds is None:
+            blocks = blocks_of(self.incoming, self._plan.task.groups)
+            if blocks is None:
+                return
+            self.head = documents.decode(self.incoming.meta, PartialHead, "partial head")
+            check_head(self._plan, self._region, self.head)
+            self._bounds = BoundsCheck(blocks, self.head.weight, self.head.num_updates)
+            self._bounds.feed(NO_WORDS)
+        words = self.incoming.chunks[WORDS]
+        for piece in words[self._seen :]:
+            self._bounds.feed(piece)
+        self._seen = len(words)
+
+    def accept(self) -> PackedSums:
+        """Its sums, once it is closed.
+
+        Raises:
+            RegionRejected, WireError: Its contents break the plan.
+        """
+        if self._objection is not None:
+            raise self._objection
+        assert self._bounds is not None, "the transfer is complete"
+        packed = packed_sums(self.incoming, self._plan.task.groups)
+        self._bounds.finish(packed)
+        return packed
+
+    def keep(self) -> str:
+        """Make it durable; returns the name of its blob."""
+        self._file.keep(self.incoming.digest)
+        return self.incoming.digest
 
 
 async def _heard(frames: AsyncIterable[bytes], heard: Callable[[], None]) -> AsyncIterator[bytes]:
@@ -68,19 +145,12 @@ def _earlier(leader: Leader, key: AttemptKey, region: RegionId) -> AnswerRow | N
     return next((answer for answer in answers if answer.region == region and answer.digest), None)
 
 
-def _expect(leader: Leader, row: AttemptRow, digest: str | None) -> Expect:
-    sizes = partial_sizes(row)
-    vectors = tuple(VectorSpec(name=name, dtype="int64", num_values=size) for name, size in sizes.items())
-    return Expect("partial", leader.run(row.run).row.layout_hash, vectors, 8 * sum(sizes.values()), digest)
-
-
-async def _take(leader: Leader, open_: Collection, region: RegionId, incoming: Incoming) -> AnswerRow:
+async def _take(leader: Leader, open_: Collection, region: RegionId, arrival: Arrival) -> AnswerRow:
     try:
-        head = await asyncio.to_thread(_checked, open_, region, incoming)
+        packed = await asyncio.to_thread(arrival.accept)
     except (WireError, RegionRejected) as error:
         raise _refusal(leader, open_.row.key, region, error) from None
-    chunks = [chunk for vector in incoming.chunks.values() for chunk in vector]
-    blob = await asyncio.to_thread(leader.blobs.put_partial, chunks)
+    blob = await asyncio.to_thread(arrival.keep)
     answer = AnswerRow(
         run=open_.row.run,
         task=open_.row.task,
@@ -88,12 +158,14 @@ async def _take(leader: Leader, open_: Collection, region: RegionId, incoming: I
         attempt=open_.row.attempt,
         region=region,
         received_unix_ns=time.time_ns(),
-        digest=incoming.digest,
-        head=head,
+        digest=arrival.incoming.digest,
+        head=arrival.head,
         blob=blob,
-        size_bytes=sum(map(len, incoming.frames)),
+        size_bytes=sum(map(len, arrival.incoming.frames)),
     )
     leader.run(open_.row.run).answer(open_, answer)
+    if open_.answers[region] is answer:
+        open_.sum.begin(answer, packed)
     return open_.answers[region]
 
 
@@ -101,12 +173,6 @@ def _refusal(leader: Leader, key: AttemptKey, region: RegionId, error: HierFLErr
     """Sealed bytes do not change: what is wrong with them ends the region's part in the attempt."""
     take_abstention(leader, key, region, Reason.INVALID)
     return RegionRejected(f"the partial aggregate of {region} for {key} is refused: {error}")
-
-
-def _checked(open_: Collection, region: RegionId, incoming: Incoming) -> PartialHead:
-    head = documents.decode(incoming.meta, PartialHead, "partial head")
-    check_partial(open_.plans[region], region, head, incoming.vectors())
-    return head
 
 
 def take_abstention(leader: Leader, key: AttemptKey, region: RegionId, code: str) -> None:

@@ -101,7 +101,7 @@ class AnswerRow:
     """Of the partial's transfer, ``alg:hex``."""
     head: PartialHead | None = None
     blob: str = ""
-    """Of its values, ``blake3:hex``."""
+    """Name of its bytes among the blobs: the same digest."""
     size_bytes: int = 0
     """Of its transfer."""
 

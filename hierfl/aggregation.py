@@ -13,13 +13,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from hierfl import limbs
+from hierfl import kernels_finish, limbs
 from hierfl.columns import ColumnGroup, GroupKind, Weighting, check_values, choose_scale
 from hierfl.encodings.base import Encoding, Received
 from hierfl.encodings.plain import PLAIN
 from hierfl.encodings.update import encoding_of, wire_vectors
 from hierfl.errors import InvalidTransition, LayoutMismatch, ValueOutOfRange
 from hierfl.metrics import add_metrics
+from hierfl.packing import PackedSums, columns_of
 from hierfl.types import Float64Array, Int64Array
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "GroupKind",
     "PartialAggregate",
     "Weighting",
+    "check_counts",
     "check_values",
     "choose_scale",
 ]
@@ -68,10 +70,7 @@ class PartialAggregate:
             array = self.sums[group.name]
             if array.dtype != np.int64 or array.shape != group.shape:
                 raise LayoutMismatch(f"group {group.name!r} has {array.dtype} {array.shape}, not int64 {group.shape}")
-        if not 0 <= self.num_sites <= self.num_updates <= self.weight <= self.num_updates * MAX_WEIGHT:
-            raise ValueOutOfRange(
-                f"{self.num_updates} updates of {self.num_sites} sites cannot have weight {self.weight}"
-            )
+        check_counts(self.num_sites, self.num_updates, self.weight)
 
     @classmethod
     def empty(cls, groups: tuple[ColumnGroup, ...]) -> PartialAggregate:
@@ -119,8 +118,7 @@ class PartialAggregate:
         Raises:
             ValueOutOfRange: The weight is above its share, or names the group with a value out of bounds.
         """
-        if self.weight > max_weight:
-            raise ValueOutOfRange(f"a partial aggregate of weight {self.weight} is above its share of {max_weight}")
+        check_counts(self.num_sites, self.num_updates, self.weight, max_weight)
         for group in self.groups:
             bound = group.max_q * group.total(self.weight, self.num_updates)
             if not _within(group, self.sums[group.name], bound):
@@ -142,11 +140,15 @@ class PartialAggregate:
 
     def finish_part(self, group: ColumnGroup, part: slice) -> Float64Array:
         """Some of a group's values as ``finish`` makes them: to work on a large model block by block."""
-        result = _as_float64(group, self.sums[group.name][..., part])
-        if group.weighting is not Weighting.NONE:
-            result /= float(group.total(self.weight, self.num_updates))
-        result *= 1.0 / 2**group.s  # exact
-        return result
+        sums = self.sums[group.name][..., part]
+        total = 1 if group.weighting is Weighting.NONE else group.total(self.weight, self.num_updates)
+        scale = 1.0 / 2**group.s  # multiplying by it is exact
+        if group.kind is GroupKind.WIDE:
+            wide: Float64Array = limbs.as_float64(sums) / float(total) * scale
+            return wide
+        means = np.empty(sums.size, np.float64)
+        kernels_finish.active().mean(sums, float(total), scale, means)
+        return means
 
     def _finish_group(self, group: ColumnGroup) -> Float64Array:
         result = np.empty(group.num_values, np.float64)
@@ -154,6 +156,14 @@ class PartialAggregate:
             part = slice(start, start + FINISH_BLOCK)
             result[part] = self.finish_part(group, part)
         return result
+
+
+def check_counts(num_sites: int, num_updates: int, weight: int, max_weight: int | None = None) -> None:
+    """Raise ``ValueOutOfRange`` for counts that no updates have, or a weight above the share that it may fill."""
+    if not 0 <= num_sites <= num_updates <= weight <= num_updates * MAX_WEIGHT:
+        raise ValueOutOfRange(f"{num_updates} updates of {num_sites} sites cannot have weight {weight}")
+    if max_weight is not None and weight > max_weight:
+        raise ValueOutOfRange(f"a partial aggregate of weight {weight} is above its share of {max_weight}")
 
 
 class Accumulator:
@@ -223,6 +233,26 @@ class Accumulator:
         self.weight += partial.weight
         self.num_updates += partial.num_updates
 
+    def add_packed(self, packed: PackedSums, weight: int, num_updates: int, metrics: Mapping[str, int]) -> None:
+        """Add sums made elsewhere, packed: wholly or not at all, and never unpacked as a whole.
+
+        Their values must have been held against their bounds (``hierfl/wire/packed.py`` does as they arrive).
+
+        Raises:
+            LayoutMismatch: Other groups.
+            ValueOutOfRange: A total that could overflow.
+        """
+        self._require_open("add")
+        if packed.blocks.columns != columns_of(self.groups):
+            raise LayoutMismatch("a packed partial aggregate has other column groups than the plan's")
+        for group in self.groups:
+            group.require_room(self.weight + weight, self.num_updates + num_updates)
+        summed = add_metrics(self.metrics, metrics)
+        packed.add_into(self._sums)
+        self.metrics = summed
+        self.weight += weight
+        self.num_updates += num_updates
+
     def partial(self, num_sites: int) -> PartialAggregate:
         """Hand the sums over, over ``num_sites`` distinct sites; nothing can be added afterwards."""
         self._require_open("partial")
@@ -268,7 +298,3 @@ def _add_sums(group: ColumnGroup, sums: Int64Array, other: Int64Array) -> None:
         limbs.add_into(sums, other)
     else:
         sums += other
-
-
-def _as_float64(group: ColumnGroup, sums: Int64Array) -> Float64Array:
-    return limbs.as_float64(sums) if group.kind is GroupKind.WIDE else sums.astype(np.float64)

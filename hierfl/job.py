@@ -85,6 +85,8 @@ class RoundRules:
     """Abandoned attempts in a row that pause the run, with the reason."""
     evaluate_every: int = 1
     """Clients with an ``evaluate`` measure the model they fetch each so many rounds; 0: never."""
+    border_budget_bytes: int = 0
+    """Most that one region's sum may take in a round; 0: no limit. A job whose caps allow more is refused."""
 
     def __post_init__(self) -> None:
         _require("round.min_regions", self.min_regions, self.min_regions >= 1, "must be at least 1")
@@ -93,6 +95,9 @@ class RoundRules:
         _require("round.silence_s", self.silence_s, self.silence_s >= 0.5, "must be at least 0.5 s")
         _require("round.hold_s", self.hold_s, self.hold_s >= 0, "must not be negative")
         _require("round.max_abandoned", self.max_abandoned, self.max_abandoned >= 1, "must be at least 1")
+        _require(
+            "round.border_budget_bytes", self.border_budget_bytes, self.border_budget_bytes >= 0, "must not be negative"
+        )
         _require("round.evaluate_every", self.evaluate_every, self.evaluate_every >= 0, "must not be negative")
 
 

@@ -4,7 +4,7 @@ Both forms give the same bits, on every machine: scaling by a power of two and `
 and the rest is integers. The NumPy form runs until ``warm_up()`` has compiled the others, so that a site needs
 no numba and a program that folds nothing does not wait for it. Servers call ``warm_up()`` when they start.
 
-No other module imports numba. Kernels hold no lock and release the GIL.
+Only modules named ``kernels`` or ``kernels_...`` import numba. Kernels hold no lock and release the GIL.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import NamedTuple, cast
 import numpy as np
 import numpy.typing as npt
 
+from hierfl import kernels_finish, kernels_packing
 from hierfl.types import Float32Array, Int64Array
 
 __all__ = ["NUMPY", "Kernels", "active", "compiled", "warm_up"]
@@ -199,11 +200,13 @@ def active() -> Kernels:
 
 
 def warm_up() -> bool:
-    """Compile the kernels, or load them from numba's cache, and use them from now on.
+    """Compile the kernels, also those of packing and finishing, or load them from numba's cache, and use them.
 
     Returns whether they are compiled: False where numba is not installed, and NumPy's form goes on.
     """
     global _active  # noqa: PLW0603 -- set once, when a server starts
+    kernels_packing.warm_up()
+    kernels_finish.warm_up()
     kernels = compiled()
     _active = kernels or NUMPY
     return kernels is not None

@@ -130,6 +130,9 @@ class Plan:
     min_clients: int
     report_timeout_s: float
     hold_s: float
+    partial_encoding: str = "packed"
+    """How the region's sum crosses the border: without loss, so that it is no part of the task and a sum that was
+    sealed for another run may count in this one. A region that does not know it, or sealed in another, abstains."""
     requires: tuple[str, ...] = ()
 
     @property

@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar, NamedTuple, Protocol, cast
 
 import numpy as np
 
-from hierfl import kernels
+from hierfl import kernels_finish, parallel
 from hierfl.aggregation import FINISH_BLOCK, ColumnGroup, GroupKind, PartialAggregate, Weighting, choose_scale
 from hierfl.errors import ConfigError, ConfigErrors, StoreDamaged, ValueOutOfRange
 from hierfl.layout import Layout
@@ -45,7 +46,8 @@ Step = Callable[[Float64Array, Memory], tuple[Float64Array, Memory]]
 """From the mean delta and what is remembered of it, to the step and what to remember: value by value, in blocks."""
 
 MEAN_MAX_ABS = 2.0**20
-FLOAT32_MAX = np.finfo(np.float32).max
+SHARE = 64 * FINISH_BLOCK
+"""Values that a thread does before it takes up others."""
 STEP = "step"
 
 
@@ -137,7 +139,7 @@ def advance(
     """One round of an elementwise rule: the next model is ``float32(params + step)``, vector by vector.
 
     ``train`` moves by what ``step`` makes of its mean delta, every other vector by its mean delta. Works on blocks
-    that fit the cache; no bit depends on where they end.
+    that fit the cache, on several threads; no bit depends on where they end, or on who does them.
 
     Raises:
         ValueOutOfRange: No update is in the sum, or a value of the model would not be finite.
@@ -149,24 +151,31 @@ def advance(
     after = {key: np.empty(array.size, np.float64) for key, array in state.arrays.items()}
     if any("train" in params and array.shape != params["train"].shape for array in after.values()):
         raise StoreDamaged("a strategy's state has another number of values than the model")
+
+    def move(name: str, part: slice) -> int:
+        """Make one block of the next model; the first of its values that is not finite, or -1."""
+        change = total.finish_part(groups[name], part)
+        if name == "train":
+            change, memory = step(change, {key: array[part] for key, array in state.arrays.items()})
+            for key, values in memory.items():
+                after[key][part] = values
+        return kernels_finish.active().move(params[name][part], change, model[name][part])
+
+    def move_share(name: str, first: int) -> int:
+        for start in range(first, min(first + SHARE, params[name].size), FINISH_BLOCK):
+            bad = move(name, slice(start, start + FINISH_BLOCK))
+            if bad >= 0:
+                return start + bad
+        return -1
+
     for name, vector in params.items():
-        for start in range(0, vector.size, FINISH_BLOCK):
-            part = slice(start, start + FINISH_BLOCK)
-            change = total.finish_part(groups[name], part)
-            if name == "train":
-                change, memory = step(change, {key: array[part] for key, array in state.arrays.items()})
-                for key, values in memory.items():
-                    after[key][part] = values
-            with np.errstate(over="ignore", invalid="ignore"):  # looked for below
-                model[name][part] = vector[part] + change
-        _require_finite(name, model[name])
+        found = parallel.each(partial(move_share, name), range(0, vector.size, SHARE))
+        bad = next((index for index in found if index >= 0), -1)
+        if bad >= 0:
+            raise ValueOutOfRange(
+                f"value {bad} of vector {name!r} would become {model[name][bad]}; try a lower learning rate"
+            )
     return model, State(state.step + 1, after)
-
-
-def _require_finite(name: str, vector: Float32Array) -> None:
-    bad = kernels.active().first_out_of_range(vector, FLOAT32_MAX)
-    if bad >= 0:
-        raise ValueOutOfRange(f"value {bad} of vector {name!r} would become {vector[bad]}; try a lower learning rate")
 
 
 def power(base: float, exponent: int) -> float:

@@ -82,6 +82,7 @@ class Unfinished(Generic[K]):
         *,
         silence_s: float = rpc.SILENCE_S,
         hold: Callable[[], Release] = lambda: _nothing,
+        through: rpc.Receiver | None = None,
     ) -> None:
         """Receive the rest of an upload whose header ``incoming`` has; what there is of it already is taken over.
 
@@ -91,20 +92,21 @@ class Unfinished(Generic[K]):
             frames: The same frames, where somebody looks at them on their way.
             silence_s: Longest wait for the next frame.
             hold: Called for an upload that may go on later; what it returns, once nothing is kept of that.
+            through: What is fed in the place of ``incoming``, and feeds it; it finds there what was taken over.
         Raises:
             TransferIncomplete: It was cut, or a newer stream has taken its place.
             WireError: As ``rpc.frames_of``; nothing is kept then.
         """
         stream = call if frames is None else frames
         if not call.resumes:
-            await rpc.frames_of(stream, incoming, silence_s)
+            await rpc.frames_of(stream, through or incoming, silence_s)
             return
         key = (who, call.resumes)
         earlier, mine = self._transfers.get(key), _Transfer(incoming, hold())
         self._transfers[key] = mine
         if earlier is not None:
             earlier.stop()
-        mine.stream = asyncio.ensure_future(_go_on(call, stream, mine, earlier, silence_s))
+        mine.stream = asyncio.ensure_future(_go_on(call, stream, mine, earlier, silence_s, through or incoming))
         try:
             await mine.stream
         except WireError as error:
@@ -164,14 +166,19 @@ class Unfinished(Generic[K]):
 
 
 async def _go_on(
-    call: rpc.Frames, stream: AsyncIterable[bytes], mine: _Transfer, earlier: _Transfer | None, silence_s: float
+    call: rpc.Frames,
+    stream: AsyncIterable[bytes],
+    mine: _Transfer,
+    earlier: _Transfer | None,
+    silence_s: float,
+    receiver: rpc.Receiver,
 ) -> None:
     if earlier is not None:
         if earlier.stream is not None:
             await asyncio.wait({earlier.stream})
         call.go_on_from(mine.incoming.go_on_from(earlier.incoming))
         earlier.let_go()
-    await rpc.frames_of(stream, mine.incoming, silence_s)
+    await rpc.frames_of(stream, receiver, silence_s)
 
 
 def _is_cancelled() -> bool:

@@ -12,7 +12,7 @@ import contextlib
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 from google.protobuf.descriptor import Descriptor, MethodDescriptor, ServiceDescriptor
@@ -23,7 +23,7 @@ from hierfl.types import AttemptKey
 from hierfl.wire import hierfl_pb2 as pb
 from hierfl.wire.header import MAX_HEADER_BYTES, continues, join_header
 from hierfl.wire.status import from_rpc_error
-from hierfl.wire.transfer import Incoming, Outgoing
+from hierfl.wire.transfer import Outgoing
 from hierfl.wire.versions import PROTOCOL_VERSIONS, negotiate
 
 __all__ = [
@@ -217,7 +217,14 @@ async def first_frame(
     raise TransferIncomplete("transfer: ended before its header")
 
 
-async def frames_of(frames: AsyncIterable[bytes], incoming: Incoming, silence_s: float = SILENCE_S) -> None:
+class Receiver(Protocol):
+    """What takes the frames of a transfer: an ``Incoming``, or what does more with them."""
+
+    def feed(self, frame: bytes) -> None: ...
+    def close(self) -> None: ...
+
+
+async def frames_of(frames: AsyncIterable[bytes], incoming: Receiver, silence_s: float = SILENCE_S) -> None:
     """Feed all (other) frames to ``incoming`` and close it; chunks are checked in a thread, one behind the network.
 
     Raises:

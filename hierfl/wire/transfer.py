@@ -13,7 +13,8 @@ can be sent again under another key. Received chunks are views on the frames: no
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import cast
 
 import numpy as np
@@ -78,8 +79,43 @@ class Outgoing:
         """
         encoding = encoding or PLAIN[kind]
         only = encoding if encoding in PLAIN.values() else None
-        self._vectors = {name: _plain(name, vector, only) for name, vector in vectors.items()}
-        specs = tuple(VectorSpec(name=n, dtype=_dtype_name(v), num_values=v.size) for n, v in self._vectors.items())
+        plain = {name: _plain(name, vector, only) for name, vector in vectors.items()}
+        specs = tuple(VectorSpec(name=n, dtype=_dtype_name(v), num_values=v.size) for n, v in plain.items())
+        self._make_chunks: Callable[[], Iterator[np.ndarray]] = partial(_cut, plain, specs)
+        self._describe(kind, layout_hash, specs, meta, encoding, digest_alg, keeps_copy)
+
+    @classmethod
+    def made(
+        cls,
+        kind: Kind,
+        layout_hash: str,
+        vectors: tuple[VectorSpec, ...],
+        chunks: Callable[[], Iterator[np.ndarray]],
+        meta: bytes,
+        encoding: str,
+    ) -> Outgoing:
+        """A transfer whose values are made chunk by chunk as it is encoded, and never all in memory but as frames.
+
+        Args:
+            kind: As above; so are ``layout_hash``, ``meta`` and ``encoding``.
+            vectors: What ``chunks`` makes.
+            chunks: Makes exactly those, full but for the last of each vector; each is good until the next is asked for.
+        """
+        outgoing = cls.__new__(cls)
+        outgoing._make_chunks = chunks
+        outgoing._describe(kind, layout_hash, vectors, meta, encoding, digest.DEFAULT, keeps_copy=True)
+        return outgoing
+
+    def _describe(
+        self,
+        kind: Kind,
+        layout_hash: str,
+        specs: tuple[VectorSpec, ...],
+        meta: bytes,
+        encoding: str,
+        digest_alg: str,
+        keeps_copy: bool,
+    ) -> None:
         self.descriptor = Descriptor(
             kind=kind,
             encoding=encoding,
@@ -102,7 +138,7 @@ class Outgoing:
         """Pass on what was received whole: the same frames under the same digest, no copy."""
         incoming.close()
         outgoing = cls.__new__(cls)
-        outgoing._vectors, outgoing._keeps_copy = {}, True
+        outgoing._make_chunks, outgoing._keeps_copy = _no_chunks, True
         outgoing.descriptor = incoming.descriptor
         outgoing._text = incoming.header.descriptor
         outgoing._copy, outgoing._digest = tuple(incoming.frames), incoming.digest
@@ -126,25 +162,18 @@ class Outgoing:
         root = self.digest
         header = Header(protocol=PROTOCOL, key=key, ticket=ticket.hex(), descriptor=self._text)
         yield from header_frames(documents.encode(header))
-        yield from self._copy if self._copy is not None else map(arrow.encode_chunk, self._chunks())
+        yield from self._copy if self._copy is not None else map(arrow.encode_chunk, self._make_chunks())
         yield documents.encode(Trailer(digest=root))
 
     def _make(self) -> None:
         frames, digests = [], []
-        for values in self._chunks():
+        for values in self._make_chunks():
             digests.append(_digest_of(self.descriptor.digest_alg, values))
             if self._keeps_copy:
                 frames.append(arrow.encode_chunk(values))
         self._digest = digest.root(self.descriptor.digest_alg, self._text.encode(), digests)
         if self._keeps_copy:
-            self._copy, self._vectors = tuple(frames), {}
-
-    def _chunks(self) -> Iterator[np.ndarray]:
-        for spec in self.descriptor.vectors:
-            start = 0
-            for length in spec.chunk_lengths():
-                yield self._vectors[spec.name][start : start + length]
-                start += length
+            self._copy, self._make_chunks = tuple(frames), _no_chunks
 
 
 class Incoming:
@@ -307,6 +336,20 @@ def _plain(name: str, vector: np.ndarray, only: str | None) -> np.ndarray:
     if vector.ndim != 1 or vector.dtype != dtype:
         raise WireError(f"vector {name!r} is {vector.dtype} {vector.shape}, not {only or 'numbers'} of one dimension")
     return np.ascontiguousarray(vector)
+
+
+def _cut(vectors: Mapping[str, np.ndarray], specs: tuple[VectorSpec, ...]) -> Iterator[np.ndarray]:
+    """The chunks of whole vectors: views."""
+    for spec in specs:
+        start = 0
+        for length in spec.chunk_lengths():
+            yield vectors[spec.name][start : start + length]
+            start += length
+
+
+def _no_chunks() -> Iterator[np.ndarray]:
+    """They have been encoded, and let go."""
+    return iter(())
 
 
 def _dtype_name(vector: np.ndarray) -> DtypeName:

@@ -42,7 +42,8 @@ from hierfl.wire import hierfl_pb2 as pb
 from hierfl.wire import rpc, tls
 from hierfl.wire.access import AccessInterceptor
 from hierfl.wire.convert import key_from_proto, key_to_proto
-from hierfl.wire.transfer import Expect, Incoming, Outgoing
+from hierfl.wire.packed import expect_partial, packed_sums
+from hierfl.wire.transfer import Incoming, Outgoing
 
 REGION = RegionId("eu")
 NUM_SITES = 5
@@ -294,7 +295,7 @@ class Controller:
         return pb.AbstainResponse()
 
     async def Uplink(self, frames: AsyncIterator[bytes], context: Any) -> pb.UplinkResponse:  # noqa: N802  the RPC
-        incoming = Incoming(Expect("partial", None, None, 2**30))
+        incoming = Incoming(expect_partial(None, None, None, max_bytes=2**30))
         await rpc.frames_of(frames, incoming)
         if self.hang_uplinks:
             self.hang_uplinks -= 1
@@ -305,7 +306,8 @@ class Controller:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "busy")
         assert incoming.header.key is not None
         head = documents.decode(incoming.meta, PartialHead, "head")
-        sums = {group.name: incoming.vectors()[group.name].reshape(group.shape) for group in head.groups}
+        sums = {group.name: np.zeros(group.shape, np.int64) for group in head.groups}
+        packed_sums(incoming, head.groups).add_into(sums)
         partial = PartialAggregate(head.groups, sums, head.weight, head.num_sites, head.num_updates, head.metrics)
         self.partials.put_nowait((incoming.header.key, head, partial, incoming.digest))
         ledger_head = dict(context.invocation_metadata())[LEDGER_HEAD_METADATA]

@@ -270,6 +270,14 @@ async def test_a_plan_that_the_controller_did_not_sign_is_ignored(
         assert combiner.region.region.attempts == {}
 
 
+async def test_a_plan_that_asks_for_sums_in_a_form_unknown_here_is_abstained_from(start_combiner, controller, plan):
+    async with start_combiner():
+        await controller.offer(replace(plan, partial_encoding="packed/2"))
+        async with asyncio.timeout(10):
+            abstained = await controller.abstained.get()
+        assert (abstained.code, controller.partials.empty()) == ("policy", True)
+
+
 async def test_an_uplink_that_fails_is_tried_again_under_the_same_key(
     start_combiner, controller, client_kits, connect, plan
 ):

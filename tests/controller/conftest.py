@@ -32,6 +32,7 @@ from hierfl.wire import hierfl_pb2 as pb
 from hierfl.wire import rpc, tls
 from hierfl.wire.convert import key_from_proto
 from hierfl.wire.fetch import fetch_model
+from hierfl.wire.packed import outgoing_partial
 from hierfl.wire.transfer import Expect, Outgoing
 
 LAYOUT = Layout.of({"w": np.zeros(3, np.float32)})
@@ -173,8 +174,7 @@ class Region:
             "seal_id": "seal",
         }
         meta = documents.encode(PartialHead(**(fields | head)))
-        vectors = {name: array.reshape(-1) for name, array in summed.sums.items()}
-        return Outgoing("partial", plan.base.layout_hash, vectors, meta=meta)
+        return outgoing_partial(plan.base.layout_hash, plan.task.groups, summed.sums, meta)
 
     async def uplink(self, plan: Plan, outgoing: Outgoing, ledger_head: str = "sha256:aa") -> pb.UplinkResponse:
         metadata = ((LEDGER_HEAD_METADATA, ledger_head),)

@@ -10,10 +10,13 @@ import pytest
 from controller.blobs import Blobs
 from controller.commits import Commits, SignedRecord
 from hierfl import documents
+from hierfl.aggregation import ColumnGroup, GroupKind, Weighting
 from hierfl.errors import CertificateUntrusted, DiskFull, NotFound, StoreDamaged
 from hierfl.layout import Layout, model_hash
 from hierfl.records import CommitRecord
 from hierfl.types import ModelHash, RunId
+from hierfl.wire.packed import outgoing_partial
+from hierfl.wire.transfer import Outgoing
 
 
 @pytest.fixture
@@ -24,6 +27,10 @@ def blobs(tmp_path):
 PARAMS = {"w": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.float32(0.5).reshape(())}
 LAYOUT = Layout.of(PARAMS)
 VECTORS = LAYOUT.flatten(PARAMS)
+GROUPS = tuple(
+    ColumnGroup(name=name, kind=kind, s=32, max_abs=8.0, weighting=Weighting.WEIGHT, num_values=size)
+    for name, kind, size in (("train", GroupKind.FIXED, 100_000), ("mean", GroupKind.WIDE, 3))
+)
 
 
 def test_a_model_comes_back_with_its_layout(blobs):
@@ -46,6 +53,7 @@ def test_a_damaged_model_is_never_returned(blobs, tmp_path, spoil):
     name = blobs.put_model(LAYOUT, VECTORS)
     path = tmp_path / "blobs" / "models" / name
     path.write_bytes(spoil(path.read_bytes()))
+    blobs = Blobs(tmp_path / "blobs")  # one that has nothing in memory
     if spoil(b"xy") == b"xy\0":
         assert blobs.model(name)[1]["train"].size == 7  # bytes after the vectors are no part of the model
     else:
@@ -65,23 +73,63 @@ def test_a_strategy_state_comes_back_by_its_digest(blobs, tmp_path):
         blobs.state(digest)
 
 
-def test_a_partial_is_the_same_blob_however_it_was_cut_into_chunks(blobs):
-    values = np.arange(10, dtype=np.int64)
-    digest = blobs.put_partial([values[:4], values[4:]])
-    assert blobs.put_partial([values]) == digest
-    vectors = blobs.partial(digest, {"train": 8, "mean": 2})
-    assert vectors["train"].tolist() == list(range(8))
-    assert vectors["mean"].tolist() == [8, 9]
+@pytest.fixture
+def partial() -> Outgoing:
+    sums = {"train": np.arange(100_000), "mean": np.arange(6).reshape(2, 3)}
+    return outgoing_partial("a" * 64, GROUPS, sums, b"{}")
+
+
+def put(blobs: Blobs, partial: Outgoing) -> str:
+    with blobs.arriving_partial() as file:
+        for frame in partial.frames():
+            file.write(frame)
+        file.keep(partial.digest)
+    return partial.digest
+
+
+def test_a_partial_is_stored_as_it_came_and_found_by_its_digest(blobs, partial, tmp_path):
+    digest = put(blobs, partial)
+    assert put(blobs, partial) == digest, "again, it changes nothing"
+    sums = {group.name: np.zeros(group.shape, np.int64) for group in GROUPS}
+    blobs.partial(digest, GROUPS).add_into(sums)
+    assert sums["train"].tolist() == list(range(100_000))
+    assert sums["mean"].tolist() == [[0, 1, 2], [3, 4, 5]]
     with pytest.raises(StoreDamaged):
-        blobs.partial(digest, {"train": 11})
+        blobs.partial(digest, GROUPS[:1])
+    with pytest.raises(StoreDamaged):
+        blobs.partial(f"blake3:{'0' * 64}", GROUPS)
+    assert len(list((tmp_path / "blobs" / "partials").iterdir())) == 1
 
 
-def test_a_full_disk_leaves_nothing_half_written(blobs, tmp_path):
+def test_a_partial_that_was_changed_on_the_disk_is_refused_wherever_it_was(blobs, partial, tmp_path):
+    path = tmp_path / "blobs" / "partials" / put(blobs, partial).partition(":")[2]
+    whole = path.read_bytes()
+    for at in (*range(0, 2000, 7), *range(2000, len(whole), 997)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        try:
+            found = blobs.partial(partial.digest, GROUPS)
+        except StoreDamaged:
+            continue
+        sums = {group.name: np.zeros(group.shape, np.int64) for group in GROUPS}
+        found.add_into(sums)  # it was in the framing
+        assert sums["train"].tolist() == list(range(100_000))
+    path.write_bytes(whole[:-1])
+    with pytest.raises(StoreDamaged):
+        blobs.partial(partial.digest, GROUPS)
+
+
+def test_a_partial_that_is_not_kept_leaves_nothing(blobs, partial, tmp_path):
+    with blobs.arriving_partial() as file:
+        file.write(next(partial.frames()))
+    assert list((tmp_path / "blobs" / "partials").iterdir()) == []
+
+
+def test_a_full_disk_leaves_nothing_half_written(blobs, partial, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:
         with pytest.raises(DiskFull):
-            blobs.put_partial([np.zeros(100_000, np.int64)])
+            put(blobs, partial)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list((tmp_path / "blobs" / "partials").iterdir()) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -9,10 +10,11 @@ import pytest
 
 from controller.blobs import Blobs
 from controller.collection import Collection
-from controller.merge import merge_partials, next_model, partial_sizes
+from controller.merge import merge_partials, next_model
 from controller.planning import new_attempt, new_run, plan_for, run_id
 from controller.registry import Progress, Registry
 from controller.rows import AnswerRow
+from hierfl import documents
 from hierfl.aggregation import Accumulator
 from hierfl.errors import ConfigError, RequirementUnknown, RunFailed, StoreDamaged
 from hierfl.job import Arithmetic, RoundRules, StrategyChoice, UpdateChoice
@@ -22,6 +24,7 @@ from hierfl.records import PartialHead
 from hierfl.rounds import Answer, Deadline, Presence
 from hierfl.runs import OpenAttempt
 from hierfl.types import RegionId, RunId, TaskKind
+from hierfl.wire.packed import outgoing_partial
 
 REGIONS = (RegionId("ap"), RegionId("eu"), RegionId("us"))
 PARAMS = {"w": np.zeros(3, np.float32), "running_mean": np.ones(2, np.float32)}
@@ -54,6 +57,28 @@ def test_the_total_weight_is_shared_by_all_provisioned_regions(job):
     tight = replace(job(), arithmetic=Arithmetic(max_weight=100, total_weight=299))
     with pytest.raises(ConfigError, match=r"arithmetic\.total_weight"):
         new_run(tight, LAYOUT, "a" * 64, REGIONS, run=RunId("r"), request_id="", now_unix_ns=1)
+
+
+def test_a_budget_that_exact_sums_could_exceed_is_refused_with_what_would_fit(job):
+    layout = Layout.of({"w": np.zeros(100_000, np.float32)})
+
+    def submit(budget, **caps):
+        made = job(border_budget_bytes=budget)
+        made = replace(made, arithmetic=replace(made.arithmetic, max_weight=1000, **caps))
+        return new_run(made, layout, "a" * 64, REGIONS, run=RunId("r"), request_id="", now_unix_ns=1)
+
+    with pytest.raises(ConfigError) as refused:
+        submit(600_000)
+    words = str(refused.value)
+    assert refused.value.key == "round.border_budget_bytes"
+    values = {name: float(value) for name, value in re.findall(r"arithmetic\.(\w+) = ([\d.e+-]+)", words)}
+    assert submit(600_000, max_abs=values["max_abs"])
+    assert submit(600_000, total_weight=int(values["total_weight"]))
+    most = int(re.search(r"at least ([\d,]+)", words)[1].replace(",", ""))
+    assert submit(most)
+    with pytest.raises(ConfigError):
+        submit(most - 1)
+    assert submit(0)
 
 
 def test_a_plan_is_the_same_bytes_each_time_and_a_valid_plan(job):
@@ -141,12 +166,16 @@ def answers_of(run, attempt, blobs, deltas_by_region):
             region_epoch=1,
             seal_id="s",
         )
-        blob = blobs.put_partial(summed.sums[group.name].reshape(-1) for group in run.groups)
-        rows.append(answer_row(attempt, region, head, blob))
+        outgoing = outgoing_partial(run.layout_hash, run.groups, summed.sums, documents.encode(head))
+        with blobs.arriving_partial() as file:
+            for frame in outgoing.frames():
+                file.write(frame)
+            file.keep(outgoing.digest)
+        rows.append(answer_row(attempt, region, head, outgoing.digest))
     return rows
 
 
-def answer_row(attempt, region, head=None, blob=""):
+def answer_row(attempt, region, head=None, blob="blake3:00"):
     return AnswerRow(
         run=attempt.run,
         task=attempt.task,
@@ -154,7 +183,7 @@ def answer_row(attempt, region, head=None, blob=""):
         attempt=attempt.attempt,
         region=region,
         received_unix_ns=3,
-        digest="blake3:00",
+        digest=blob,
         head=head,
         blob=blob,
     )
@@ -164,7 +193,6 @@ def test_partials_of_both_widths_merge_into_the_mean_model(job, tmp_path):
     blobs = Blobs(tmp_path)
     run = run_of(job, blobs)
     attempt = attempt_of(run)
-    assert partial_sizes(attempt) == {"train": 3, "mean": 4}  # 128-bit sums are two vectors of 64
     rows = answers_of(
         run,
         attempt,
@@ -214,7 +242,7 @@ def test_a_partial_that_was_changed_on_disk_is_never_added(job, tmp_path):
     attempt = attempt_of(run)
     rows = answers_of(run, attempt, blobs, {REGIONS[0]: [([1, 0, 0], [0, 0])] * 2})
     path = next((tmp_path / "partials").iterdir())
-    path.write_bytes(b"\1" + path.read_bytes()[1:])
+    path.write_bytes(path.read_bytes()[:-200] + b"\1" + path.read_bytes()[-199:])
     with pytest.raises(StoreDamaged):
         merge_partials(blobs, attempt, rows)
 

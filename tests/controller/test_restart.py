@@ -211,12 +211,15 @@ async def test_no_region_can_use_up_the_leader_epochs(federation, job):
 async def test_a_damaged_blob_pauses_the_run_and_says_what_to_restore(federation, job):
     async with federation.controller():
         operator = await federation.operator()
-        eu, us = [await federation.region(name) for name in ("eu", "us")]
         run = await federation.submit(operator, job())
         model = (await operator.models(run))[0]
-        path = federation.directory / "blobs" / "models" / model.model_hash
-        whole = path.read_bytes()
-        path.write_bytes(whole[:-1])
+        await federation.close()
+    path = federation.directory / "blobs" / "models" / model.model_hash
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    async with federation.controller():  # one that has no model in memory
+        operator = await federation.operator()
+        eu, us = [await federation.region(name) for name in ("eu", "us")]
         await asyncio.gather(eu.answer(), us.answer())
         snapshot = await federation.until(operator, run, lambda s: s.summary.state == "paused")
         assert "is damaged; restore it" in snapshot.summary.reason

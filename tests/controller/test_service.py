@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import grpc
 import numpy as np
@@ -27,6 +28,7 @@ from hierfl.pki import verify
 from hierfl.records import COMMIT_CONTEXT, CommitRecord
 from hierfl.wire import hierfl_pb2 as pb
 from hierfl.wire import rpc
+from hierfl.wire.packed import outgoing_partial
 from hierfl.wire.transfer import Outgoing
 
 
@@ -187,9 +189,9 @@ async def test_a_partial_that_ended_early_goes_on_where_it_broke_off_and_counts_
     run = await running.submit(operator, job())
     _, plan = await eu.plan()
     outgoing = eu.partial(plan)
-    header, chunk, _ = outgoing.frames(plan.key)
+    header, *chunks, _ = outgoing.frames(plan.key)
     there = []
-    for frames in ([header, chunk], [header]):
+    for frames in ([header, *chunks[:-1]], [header, chunks[-1]], [header]):
         call = eu.stub.Uplink(metadata=((rpc.RESUME, outgoing.digest),))
         await call.write(frames[0])
         there.append(rpc.chunks_there(tuple(await call.initial_metadata())))
@@ -199,7 +201,7 @@ async def test_a_partial_that_ended_early_goes_on_where_it_broke_off_and_counts_
         with pytest.raises(grpc.RpcError) as caught:
             await call
         assert isinstance(eu.stub.error(caught.value), TransferIncomplete)
-    assert there == [0, 1]
+    assert there == [0, len(chunks) - 1, len(chunks)]
     await eu.uplink(plan, outgoing)
     await us.answer()
     assert (await ended(operator, run))[-1].summary.state == "finished"
@@ -237,15 +239,48 @@ async def test_a_partial_that_breaks_its_plan_is_refused_and_its_region_not_wait
     assert [share.region for share in told.regions] == ["us"]
 
 
+@pytest.mark.parametrize("value", [2 * 8 * 2**32 + 1, -(2**63)])
+async def test_a_sum_above_what_its_weight_can_make_is_refused(running, job, value):
+    operator = await running.operator()
+    eu, us = [await running.region(name) for name in ("eu", "us")]
+    run = await running.submit(operator, job(min_regions=1))
+    _, plan = await eu.plan()
+    meta = eu.partial(plan).descriptor.meta.encode()
+    sums = {"train": np.array([0, value, 0])}
+    with pytest.raises(RegionRejected, match="has a sum above what its weight can make"):
+        await eu.uplink(plan, outgoing_partial(plan.base.layout_hash, plan.task.groups, sums, meta))
+    await us.answer()
+    assert (await ended(operator, run))[-1].summary.state == "finished"
+
+
+async def test_packed_sums_with_fewer_words_than_their_widths_say_are_refused(running, job):
+    operator = await running.operator()
+    eu, us = [await running.region(name) for name in ("eu", "us")]
+    run = await running.submit(operator, job(min_regions=1))
+    _, plan = await eu.plan()
+    meta = eu.partial(plan).descriptor.meta.encode()
+    vectors = {
+        "widths": np.full(1, 64, np.uint8),
+        "references": np.zeros(1, np.int64),
+        "words": np.zeros(15, np.uint64),
+    }
+    with pytest.raises(RegionRejected, match="have 16 words, not 15"):
+        await eu.uplink(plan, Outgoing("partial", plan.base.layout_hash, vectors, meta, "packed"))
+    await us.answer()
+    assert (await ended(operator, run))[-1].summary.state == "finished"
+
+
 async def test_a_partial_of_another_layout_is_refused_by_its_header(running, job):
     operator = await running.operator()
     eu, us = [await running.region(name) for name in ("eu", "us")]
     run = await running.submit(operator, job(min_regions=1))
     _, plan = await eu.plan()
     meta = eu.partial(plan).descriptor.meta.encode()
-    for layout, size in (("0" * 64, 3), (plan.base.layout_hash, 4)):
+    (group,) = plan.task.groups
+    for layout, size in (("0" * 64, 3), (plan.base.layout_hash, 1025)):
+        groups = (replace(group, num_values=size),)
         with pytest.raises((RegionRejected, RoundClosed)):
-            await eu.uplink(plan, Outgoing("partial", layout, {"train": np.zeros(size, np.int64)}, meta=meta))
+            await eu.uplink(plan, outgoing_partial(layout, groups, {"train": np.zeros(size, np.int64)}, meta))
     await us.answer()
     assert (await ended(operator, run))[-1].summary.state == "finished"
 

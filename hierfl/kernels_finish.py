@@ -1,0 +1,109 @@
+"""Kernels of what follows a sum, each beside its NumPy oracle: from integers to means, from a step to the next model.
+
+IEEE operations with one right answer only, so both forms give the same bits, on any number of threads.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple, cast
+
+import numpy as np
+
+from hierfl.types import Float32Array, Float64Array, Int64Array
+
+__all__ = ["NUMPY", "FinishKernels", "active", "compiled", "warm_up"]
+
+LIMIT = np.finfo(np.float32).max
+
+
+class FinishKernels(NamedTuple):
+    """One form of both. All arrays have shape ``(n,)``.
+
+    ``mean(sums, divisor, scale, means)``: ``means = float64(sums) / divisor * scale``; returns ``n``.
+
+    ``move(params, step, moved)``: ``moved = float32(params + step)``, summed in float64; returns the index of the
+    first value that is not finite, or -1. Nothing after it is promised.
+    """
+
+    mean: Callable[[Int64Array, float, float, Float64Array], int]
+    move: Callable[[Float32Array, Float64Array, Float32Array], int]
+
+
+def _mean_numpy(sums: Int64Array, divisor: float, scale: float, means: Float64Array) -> int:
+    means[:] = sums
+    means /= divisor
+    means *= scale
+    return means.size
+
+
+def _move_numpy(params: Float32Array, step: Float64Array, moved: Float32Array) -> int:
+    with np.errstate(over="ignore", invalid="ignore"):  # looked for here
+        moved[:] = params + step
+    bad = ~np.isfinite(moved)
+    return int(np.argmax(bad)) if bad.any() else -1
+
+
+def _mean(sums: Int64Array, divisor: float, scale: float, means: Float64Array) -> int:
+    for i in range(len(sums)):
+        means[i] = np.float64(sums[i]) / divisor * scale
+    return len(sums)
+
+
+def _move(params: Float32Array, step: Float64Array, moved: Float32Array) -> int:
+    bad = 0
+    for i in range(len(params)):
+        value = np.float32(np.float64(params[i]) + step[i])
+        moved[i] = value
+        bad += not (abs(value) <= LIMIT)
+    if bad:
+        for i in range(len(params)):
+            if not (abs(moved[i]) <= LIMIT):
+                return i
+    return -1
+
+
+NUMPY = FinishKernels(_mean_numpy, _move_numpy)
+
+_active = NUMPY
+
+
+@functools.cache
+def compiled() -> FinishKernels | None:
+    """The kernels as machine code; None where numba is not installed. Cached as ``hierfl/kernels.py`` says."""
+    try:
+        import numba
+    except ImportError:
+        return None
+    types = numba.types
+    sums = types.Array(types.int64, 1, "C", readonly=True)
+    params = types.Array(types.float32, 1, "C", readonly=True, aligned=False)
+    step = types.Array(types.float64, 1, "C", readonly=True)
+
+    def build(function: Callable[..., int], *arguments: object) -> Callable[..., int]:
+        signature = types.int64(*arguments)
+        # error_model: a division by zero is infinite, as NumPy's; the loop could not be vectorised otherwise.
+        options = {"nogil": True, "error_model": "numpy"}
+        try:
+            return cast("Callable[..., int]", numba.njit(signature, cache=True, **options)(function))
+        except RuntimeError:  # no directory to cache in
+            return cast("Callable[..., int]", numba.njit(signature, **options)(function))
+
+    return FinishKernels(
+        build(_mean, sums, types.float64, types.float64, types.float64[::1]),
+        build(_move, params, step, types.float32[::1]),
+    )
+
+
+def active() -> FinishKernels:
+    """The kernels in use: compiled ones after a successful ``warm_up()``."""
+    return _active
+
+
+def warm_up() -> bool:
+    """Compile the kernels, or load them, and use them from now on; whether they are compiled."""
+    global _active  # noqa: PLW0603 -- set once, when a server starts
+    kernels = compiled()
+    _active = kernels or NUMPY
+    return kernels is not None
