@@ -26,7 +26,7 @@ def test_numba_is_there_in_this_environment():
 
 
 @pytest.mark.parametrize("limit", LIMITS)
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 2**32), size=st.integers(0, 3 * BLOCK), weight=weights, block=st.sampled_from([16, 4096]))
 def test_both_forms_give_the_same_bits(limit, seed, size, weight, block):
     rng = np.random.default_rng(seed)
@@ -47,6 +47,7 @@ def test_both_forms_give_the_same_bits(limit, seed, size, weight, block):
 
 
 @pytest.mark.parametrize("form", FORMS)
+@settings(deadline=None)
 @given(
     code=st.integers(-127, 127),
     step=st.floats(0, float(np.float32(8 / 127)), width=32),

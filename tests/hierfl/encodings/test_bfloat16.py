@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from updates import group
 
@@ -21,6 +21,7 @@ def roundtrip(values: np.ndarray, **change: object) -> np.ndarray:
     return ENCODING.decode(column, {name: [vector] for name, vector in wire.items()})
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-8, 8, width=32), min_size=1, max_size=50))
 def test_the_error_is_within_the_bound(numbers):
     values = np.array(numbers, np.float32)

@@ -28,6 +28,7 @@ def encoded(choice: str, num_values: int, seed: int) -> dict[str, list[np.ndarra
 
 
 @every_encoding
+@settings(deadline=None)
 @given(size=sizes, seed=seeds)
 def test_what_is_encoded_has_the_vectors_that_the_plan_says_and_passes_the_check(choice, size, seed):
     encoding, wire = chosen(choice), encoded(choice, size, seed)
@@ -40,6 +41,7 @@ def test_what_is_encoded_has_the_vectors_that_the_plan_says_and_passes_the_check
 
 
 @every_encoding
+@settings(deadline=None)
 @given(size=sizes, seed=seeds)
 def test_the_same_seed_gives_the_same_bytes(choice, size, seed):
     once, again = encoded(choice, size, seed), encoded(choice, size, seed)
@@ -47,6 +49,7 @@ def test_the_same_seed_gives_the_same_bytes(choice, size, seed):
 
 
 @every_encoding
+@settings(deadline=None)
 @given(size=sizes, seed=seeds, weight=st.integers(1, 65_535), s=st.integers(0, 32), cut=st.integers(0, 300))
 def test_the_fold_is_the_exact_sum_of_the_decoded_values_however_they_are_cut(choice, size, seed, weight, s, cut):
     encoding, column = chosen(choice), group(size, s=s)
@@ -65,7 +68,7 @@ def test_the_fold_is_the_exact_sum_of_the_decoded_values_however_they_are_cut(ch
 
 
 @every_encoding
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(size=sizes, data=st.binary(min_size=1, max_size=64), cut=st.integers(0, 200))
 def test_a_strangers_bytes_are_refused_or_within_bounds_and_never_half_folded(choice, size, data, cut):
     encoding, column = chosen(choice), group(size)
@@ -82,7 +85,7 @@ def test_a_strangers_bytes_are_refused_or_within_bounds_and_never_half_folded(ch
 
 
 @every_encoding
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(size=sizes, seed=seeds, data=st.data())
 def test_an_update_with_changed_bytes_is_refused_or_within_bounds(choice, size, seed, data):
     encoding, column = chosen(choice), group(size)
@@ -128,6 +131,7 @@ def test_only_trained_values_are_encoded(choice):
 
 
 @every_encoding
+@settings(deadline=None)
 @given(
     cohort=st.lists(st.tuples(st.integers(0, 2**16), st.integers(1, 65_535)), min_size=2, max_size=7), data=st.data()
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from updates import group
 
@@ -29,6 +29,7 @@ def steps_of(values: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("rounding", "share"), [("nearest", 0.5), ("stochastic", 1.0)])
+@settings(deadline=None)
 @given(numbers=st.lists(st.floats(-8, 8, width=32), min_size=1, max_size=100), seed=st.integers(0, 2**63 - 1))
 def test_the_error_is_within_the_bound(rounding, share, numbers, seed):
     values = np.array(numbers, np.float32)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from updates import chosen, group, values
 
@@ -20,6 +20,7 @@ def decoded(encoding, column, vector, seed=0):
     return encoding.decode(column, {name: [part] for name, part in wire.items()})
 
 
+@settings(deadline=None)
 @given(size=st.integers(1, 300), seed=st.integers(0, 2**31))
 def test_topk_leaves_out_at_most_its_share_of_the_squares(size, seed):
     encoding, column, vector = chosen("topk"), group(size), values(size, seed)
@@ -90,6 +91,7 @@ def test_a_vector_that_32_bits_cannot_index_is_refused_when_the_job_is_submitted
 
 
 @pytest.mark.parametrize("name", SPARSE)
+@settings(deadline=None)
 @given(size=st.integers(1, 100), seed=st.integers(0, 2**20), rounds=st.integers(1, 12))
 def test_with_feedback_what_is_sent_and_what_is_left_add_up_to_all_there_was(name, size, seed, rounds):
     """In steps of 2**-10, so that float32 adds them exactly."""
