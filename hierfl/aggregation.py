@@ -140,15 +140,18 @@ class PartialAggregate:
 
     def finish_part(self, group: ColumnGroup, part: slice) -> Float64Array:
         """Some of a group's values as ``finish`` makes them: to work on a large model block by block."""
-        sums = self.sums[group.name][..., part]
-        total = 1 if group.weighting is Weighting.NONE else group.total(self.weight, self.num_updates)
-        scale = 1.0 / 2**group.s  # multiplying by it is exact
+        sums, (divisor, scale) = self.sums[group.name][..., part], self.units(group)
         if group.kind is GroupKind.WIDE:
-            wide: Float64Array = limbs.as_float64(sums) / float(total) * scale
+            wide: Float64Array = limbs.as_float64(sums) / divisor * scale
             return wide
         means = np.empty(sums.size, np.float64)
-        kernels_finish.active().mean(sums, float(total), scale, means)
+        kernels_finish.active().mean(sums, divisor, scale, means)
         return means
+
+    def units(self, group: ColumnGroup) -> tuple[float, float]:
+        """What a group's sums are divided by, and then multiplied with (which is exact), to be means in its units."""
+        total = 1 if group.weighting is Weighting.NONE else group.total(self.weight, self.num_updates)
+        return float(total), 1.0 / 2**group.s
 
     def _finish_group(self, group: ColumnGroup) -> Float64Array:
         result = np.empty(group.num_values, np.float64)

@@ -19,16 +19,19 @@ LIMIT = np.finfo(np.float32).max
 
 
 class FinishKernels(NamedTuple):
-    """One form of both. All arrays have shape ``(n,)``.
+    """One form of all. All arrays have shape ``(n,)``.
 
     ``mean(sums, divisor, scale, means)``: ``means = float64(sums) / divisor * scale``; returns ``n``.
 
     ``move(params, step, moved)``: ``moved = float32(params + step)``, summed in float64; returns the index of the
-    first value that is not finite, or -1. Nothing after it is promised.
+    first value that is not finite, or -1.
+
+    ``follow(params, sums, divisor, scale, rate, moved)``: both in one pass, ``step = rate * mean``.
     """
 
     mean: Callable[[Int64Array, float, float, Float64Array], int]
     move: Callable[[Float32Array, Float64Array, Float32Array], int]
+    follow: Callable[[Float32Array, Int64Array, float, float, float, Float32Array], int]
 
 
 def _mean_numpy(sums: Int64Array, divisor: float, scale: float, means: Float64Array) -> int:
@@ -43,6 +46,14 @@ def _move_numpy(params: Float32Array, step: Float64Array, moved: Float32Array) -
         moved[:] = params + step
     bad = ~np.isfinite(moved)
     return int(np.argmax(bad)) if bad.any() else -1
+
+
+def _follow_numpy(
+    params: Float32Array, sums: Int64Array, divisor: float, scale: float, rate: float, moved: Float32Array
+) -> int:
+    means = np.empty(sums.size)
+    _mean_numpy(sums, divisor, scale, means)
+    return _move_numpy(params, rate * means, moved)
 
 
 def _mean(sums: Int64Array, divisor: float, scale: float, means: Float64Array) -> int:
@@ -64,7 +75,23 @@ def _move(params: Float32Array, step: Float64Array, moved: Float32Array) -> int:
     return -1
 
 
-NUMPY = FinishKernels(_mean_numpy, _move_numpy)
+def _follow(
+    params: Float32Array, sums: Int64Array, divisor: float, scale: float, rate: float, moved: Float32Array
+) -> int:
+    bad = 0
+    for i in range(len(params)):
+        step = rate * (np.float64(sums[i]) / divisor * scale)
+        value = np.float32(np.float64(params[i]) + step)
+        moved[i] = value
+        bad += not (abs(value) <= LIMIT)
+    if bad:
+        for i in range(len(params)):
+            if not (abs(moved[i]) <= LIMIT):
+                return i
+    return -1
+
+
+NUMPY = FinishKernels(_mean_numpy, _move_numpy, _follow_numpy)
 
 _active = NUMPY
 
@@ -93,6 +120,7 @@ def compiled() -> FinishKernels | None:
     return FinishKernels(
         build(_mean, sums, types.float64, types.float64, types.float64[::1]),
         build(_move, params, step, types.float32[::1]),
+        build(_follow, params, sums, types.float64, types.float64, types.float64, types.float32[::1]),
     )
 
 

@@ -57,7 +57,7 @@ class FedAvg:
         return State()
 
     def apply(self, params: Vectors, total: PartialAggregate, state: State) -> tuple[dict[str, Float32Array], State]:
-        return advance(params, total, state, lambda delta, _: (_scaled(delta, self.learning_rate), {}))
+        return advance(params, total, state, self.learning_rate)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,9 +124,4 @@ class FedProx:
         return State()
 
     def apply(self, params: Vectors, total: PartialAggregate, state: State) -> tuple[dict[str, Float32Array], State]:
-        return advance(params, total, state, lambda delta, _: (_scaled(delta, self.learning_rate), {}))
-
-
-def _scaled(delta: Float64Array, learning_rate: float) -> Float64Array:
-    """``learning_rate * delta``; by 1 it is the same bits without the work."""
-    return delta if learning_rate == 1 else learning_rate * delta
+        return advance(params, total, state, self.learning_rate)

@@ -134,48 +134,71 @@ def zeros_like_train(params: Vectors) -> Float64Array:
 
 
 def advance(
-    params: Vectors, total: PartialAggregate, state: State, step: Step
+    params: Vectors, total: PartialAggregate, state: State, step: Step | float
 ) -> tuple[dict[str, Float32Array], State]:
     """One round of an elementwise rule: the next model is ``float32(params + step)``, vector by vector.
 
-    ``train`` moves by what ``step`` makes of its mean delta, every other vector by its mean delta. Works on blocks
-    that fit the cache, on several threads; no bit depends on where they end, or on who does them.
+    ``train`` moves by what ``step`` makes of its mean delta, or by ``step`` times it where that is a number; all other
+    vectors move by their mean delta. Works on blocks that fit the cache, on several threads; no bit depends on where
+    they end, or on who does them.
 
     Raises:
         ValueOutOfRange: No update is in the sum, or a value of the model would not be finite.
         StoreDamaged: The state is another model's.
     """
     total.require_updates()
-    groups = {group.name: group for group in total.groups}
-    model = {name: np.empty(vector.size, np.float32) for name, vector in params.items()}
-    after = {key: np.empty(array.size, np.float64) for key, array in state.arrays.items()}
-    if any("train" in params and array.shape != params["train"].shape for array in after.values()):
+    if any("train" in params and array.shape != params["train"].shape for array in state.arrays.values()):
         raise StoreDamaged("a strategy's state has another number of values than the model")
+    made = _Move(params, total, state.arrays, step)
+    for name, vector in params.items():
+        found = parallel.each(partial(made.share, name), range(0, vector.size, SHARE))
+        bad = next((index for index in found if index >= 0), -1)
+        if bad >= 0:
+            raise ValueOutOfRange(
+                f"value {bad} of vector {name!r} would become {made.model[name][bad]}; try a lower learning rate"
+            )
+    return made.model, State(state.step + 1, made.after)
 
-    def move(name: str, part: slice) -> int:
-        """Make one block of the next model; the first of its values that is not finite, or -1."""
-        change = total.finish_part(groups[name], part)
-        if name == "train":
-            change, memory = step(change, {key: array[part] for key, array in state.arrays.items()})
-            for key, values in memory.items():
-                after[key][part] = values
-        return kernels_finish.active().move(params[name][part], change, model[name][part])
 
-    def move_share(name: str, first: int) -> int:
-        for start in range(first, min(first + SHARE, params[name].size), FINISH_BLOCK):
-            bad = move(name, slice(start, start + FINISH_BLOCK))
+class _Move:
+    """A model on its way to the next one, of which several threads each do a share.
+
+    Methods return the index of the first value that is not finite, or -1.
+    """
+
+    def __init__(self, params: Vectors, total: PartialAggregate, arrays: Memory, step: Step | float) -> None:
+        self._params, self._total, self._arrays, self._step = params, total, arrays, step
+        self._groups = {group.name: group for group in total.groups}
+        self.model = {name: np.empty(vector.size, np.float32) for name, vector in params.items()}
+        self.after = {key: np.empty(array.size, np.float64) for key, array in arrays.items()}
+
+    def share(self, name: str, first: int) -> int:
+        """``SHARE`` values of a vector, from ``first`` on."""
+        step = self._step if name == "train" else 1.0
+        if not callable(step) and self._groups[name].kind is not GroupKind.WIDE:
+            bad = self._follow(name, slice(first, first + SHARE), float(step))
+            return bad if bad < 0 else first + bad
+        for start in range(first, min(first + SHARE, self._params[name].size), FINISH_BLOCK):
+            bad = self._block(name, slice(start, start + FINISH_BLOCK), step)
             if bad >= 0:
                 return start + bad
         return -1
 
-    for name, vector in params.items():
-        found = parallel.each(partial(move_share, name), range(0, vector.size, SHARE))
-        bad = next((index for index in found if index >= 0), -1)
-        if bad >= 0:
-            raise ValueOutOfRange(
-                f"value {bad} of vector {name!r} would become {model[name][bad]}; try a lower learning rate"
-            )
-    return model, State(state.step + 1, after)
+    def _follow(self, name: str, part: slice, rate: float) -> int:
+        """In one pass, where the step is the mean delta times a number."""
+        sums, (divisor, scale) = self._total.sums[name][part], self._total.units(self._groups[name])
+        kernel = kernels_finish.active().follow
+        return kernel(self._params[name][part], sums, divisor, scale, rate, self.model[name][part])
+
+    def _block(self, name: str, part: slice, step: Step | float) -> int:
+        change = self._total.finish_part(self._groups[name], part)
+        if callable(step):
+            change, memory = step(change, {key: array[part] for key, array in self._arrays.items()})
+            for key, values in memory.items():
+                self.after[key][part] = values
+        else:
+            change *= step
+        return kernels_finish.active().move(self._params[name][part], change, self.model[name][part])
 
 
 def power(base: float, exponent: int) -> float:

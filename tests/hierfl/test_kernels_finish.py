@@ -57,8 +57,18 @@ def test_both_forms_give_the_same_bits(seed, divisor):
     sums, params = random.integers(-(2**62), 2**62, 3000), random.standard_normal(3000, np.float32)
     ends = []
     for form in (NUMPY, COMPILED):
-        means, moved = np.empty(3000), np.empty(3000, np.float32)
+        means, moved, followed = np.empty(3000), np.empty(3000, np.float32), np.empty(3000, np.float32)
         form.mean(sums, float(divisor), 2.0**-32, means)
-        form.move(params, means, moved)
+        form.move(params, 0.3 * means, moved)
+        assert form.follow(params, sums, float(divisor), 2.0**-32, 0.3, followed) == -1
+        assert followed.tobytes() == moved.tobytes()
         ends.append((means.tobytes(), moved.tobytes()))
     assert ends[0] == ends[1]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_following_names_the_first_value_that_is_not_finite(form):
+    params, sums = np.full(50, 3e38, np.float32), np.zeros(50, np.int64)
+    sums[[20, 33]] = 2**62
+    moved = np.empty(50, np.float32)
+    assert form.follow(params, sums, 1.0, 1.0, 1e20, moved) == 20

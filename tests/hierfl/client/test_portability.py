@@ -17,7 +17,10 @@ import pytest
 ROOT = Path(__file__).parents[3]
 STARTS = ("hierfl.client", "hierfl.cli.client", "hierfl.cli.root", "hierfl.cli")
 NOT_AT_A_SITE = {"ray", "torch", "redis", "numba", "psutil", "sklearn"}
-MAY_IMPORT = {"torch": {"hierfl.client.torch"}, "numba": {"hierfl.kernels", "hierfl.kernels_encodings"}}
+MAY_IMPORT = {
+    "torch": {"hierfl.client.torch"},
+    "numba": {"hierfl.kernels", "hierfl.kernels_encodings", "hierfl.kernels_finish", "hierfl.kernels_packing"},
+}
 """Which module may name which of those: on call, never when it is imported (the helper for torch aside)."""
 
 MISSING_MODULES = {"fcntl", "resource", "pwd", "grp", "termios", "tty", "pty", "curses", "readline", "syslog", "crypt"}
