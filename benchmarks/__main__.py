@@ -17,8 +17,8 @@ BENCHES: Mapping[str, Callable[[int], tuple[harness.Figure, ...]]] = {
     "fold": bench_fold.measure,
 }
 """In the order of the table."""
-ALONE = ("peers", "wan", "simulation")
-"""Benches that are run by their own file, by hand; their results are no CPU times and have tables of their own."""
+ALONE = ("rounds", "scale", "peers", "wan", "simulation")
+"""Results of benches that are run by themselves: no CPU times, and tables of their own."""
 
 
 def main() -> int:

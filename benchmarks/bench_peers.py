@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -292,9 +293,14 @@ def main() -> int:
     asked = parser.parse_args()
     if asked.times < 3:
         parser.error("--times must be 3 at least")
-    with _folder(asked.environments) as environments:
-        sizes = asked.rounds or [Round(4, 2_500_000)]
-        result = measure(asked.peer or list(PEERS), sizes, asked.times, environments, asked.timeout)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stopped either way, it stops what it started
+    sizes = asked.rounds or [Round(4, 2_500_000)]
+    try:
+        with _folder(asked.environments) as environments:
+            result = measure(asked.peer or list(PEERS), sizes, asked.times, environments, asked.timeout)
+    except KeyboardInterrupt:
+        say("stopped; nothing is left")
+        return 130
     harness.write_document(asked.json, result)
     print(table(result))
     return 0

@@ -2,7 +2,8 @@
 
 Some measured rounds calibrate the cost constants; the simulation then predicts the others, which it has not seen, and
 the document says how far off it is. Which rounds do what is written down beforehand (``CALIBRATE``, ``PREDICT``).
-Rounds are read from the results of ``bench_round``: any JSON file of its schema in the folders that are given.
+Rounds are read from ``results/`` (those of ``python -m benchmarks rounds`` and of ``bench_scale`` among them) and from
+the folders that are given: every result of ``bench_round`` there.
 """
 
 from __future__ import annotations
@@ -50,10 +51,14 @@ CALIBRATE: tuple[Size, ...] = (
 )
 PREDICT: tuple[Size, ...] = (
     Size(clients=16, params=SMALL, virtual=True),
+    Size(clients=300, params=SMALL, virtual=True),
+    Size(clients=300, params=SMALL, regions=3, virtual=True),
     Size(clients=1_000, params=SMALL, virtual=True),
+    Size(clients=1_000, params=SMALL, regions=3, virtual=True),
     Size(clients=16, params=2_500_000),
     Size(clients=12, params=2_500_000, regions=3),
     Size(clients=16, params=25_000_000),
+    Size(clients=15, params=25_000_000),
     Size(clients=15, params=25_000_000, regions=3),
 )
 
@@ -146,15 +151,14 @@ def read_runs(folders: Iterable[Path]) -> dict[Size, Run]:
 
 
 def _documents(path: Path) -> list[dict[str, Any]]:
-    """A file holds one result, or a list of them under ``results`` or ``runs``."""
+    """A file holds one result, or a list of them as ``points`` (``bench_scale``)."""
     try:
         whole = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         return []
     if not isinstance(whole, dict):
         return []
-    listed = [one for name in ("results", "runs") if isinstance(whole.get(name), list) for one in whole[name]]
-    return [one for one in (whole, *listed) if isinstance(one, dict)]
+    return [one for one in (whole, *whole.get("points", ())) if isinstance(one, dict)]
 
 
 def measure(runs: Mapping[Size, Run], folder: Path, most_mb: float) -> None:

@@ -62,10 +62,10 @@ class Run:
 
 
 def read_run(document: Mapping[str, Any]) -> Run | None:
-    """A result of ``bench_round``; None where it is none, of another encoding, or without CPU times by part."""
-    if document.get("schema") != "hierfl.bench_round/1" or document.get("encoding") != "float32":
+    """A result of ``bench_round``; None where it is none, or of rounds that are not simulated (encodings, disks)."""
+    if document.get("schema") != "hierfl.bench_round/1" or "cpu_s_by_part" not in document:
         return None
-    if "cpu_s_by_part" not in document:
+    if document.get("encoding") != "float32" or document.get("client_disk"):
         return None
     size = Size(**{name: document[name] for name in ("clients", "params", "regions", "intakes", "virtual")})
     return Run(

@@ -38,6 +38,7 @@ TRUE = constants.Constants(
     wait_s=0.03,
 )
 CORES = 2
+UNSEEN = Size(clients=16, params=2_500_000)
 sizes = st.builds(
     Size,
     clients=st.integers(4, 20),
@@ -57,7 +58,7 @@ def made_run(size, truth=TRUE):
 
 
 def made_result():
-    runs = {size: made_run(size) for size in (*scale.CALIBRATE[:6], scale.PREDICT[2])}
+    runs = {size: made_run(size) for size in (*scale.CALIBRATE[:6], UNSEEN)}
     return scale.make(runs)
 
 
@@ -79,7 +80,7 @@ def document_of(run, **changed):
 
 
 def test_the_fit_finds_the_constants_that_made_the_measurements():
-    runs = [made_run(size) for size in (*scale.CALIBRATE, *scale.PREDICT[:4])]
+    runs = [made_run(size) for size in (*scale.CALIBRATE, *scale.PREDICT[:4], UNSEEN)]
     found = constants.fit(runs)
     for run in runs:
         assert sum(found.cpu_of(run.size).values()) == pytest.approx(sum(run.cpu_s.values()), rel=0.02)
@@ -106,7 +107,7 @@ def test_too_few_runs_are_refused():
         constants.fit([made_run(size) for size in scale.CALIBRATE[:3]])
 
 
-@pytest.mark.parametrize("changed", [{"schema": "hierfl.bench_round/2"}, {"encoding": "int8"}])
+@pytest.mark.parametrize("changed", [{"schema": "hierfl.bench_round/2"}, {"encoding": "int8"}, {"client_disk": True}])
 def test_results_of_something_else_are_left_out(changed):
     assert constants.read_run(document_of(made_run(scale.CALIBRATE[0]), **changed)) is None
 
@@ -115,7 +116,7 @@ def test_the_run_under_the_least_load_is_taken_from_files_and_from_lists_in_them
     run = made_run(scale.CALIBRATE[0])
     other = made_run(scale.CALIBRATE[1])
     (tmp_path / "a.json").write_text(json.dumps(document_of(run, load=3.0)))
-    (tmp_path / "b.json").write_text(json.dumps({"runs": [document_of(run), document_of(other)]}))
+    (tmp_path / "b.json").write_text(json.dumps({"points": [document_of(run), document_of(other)]}))
     (tmp_path / "c.json").write_text("no JSON")
     assert scale.read_runs([tmp_path]) == {run.size: run, other.size: other}
 
@@ -161,7 +162,7 @@ def test_one_core_does_the_work_of_one_round_and_nothing_else():
 def test_what_obeys_the_constants_is_predicted_and_what_does_not_is_off():
     runs = [made_run(size) for size in scale.CALIBRATE]
     found = scale.calibrate(runs, CORES)
-    unseen = made_run(scale.PREDICT[3])
+    unseen = made_run(UNSEEN)
     assert abs(scale.predict(unseen, found, CORES).error) < 0.05
     assert found.slowdown == pytest.approx(1.0, abs=0.05)
     slow = replace(unseen, round_s=2 * unseen.round_s)
@@ -181,7 +182,7 @@ def test_a_machine_that_is_slower_all_over_shows_in_the_slowdown_and_is_predicte
     busy = replace(TRUE, slowdown=1.5)
     found = scale.calibrate([made_run(size, busy) for size in scale.CALIBRATE], CORES)
     assert found.slowdown == pytest.approx(1.5, rel=0.05)
-    assert abs(scale.predict(made_run(scale.PREDICT[3], busy), found, CORES).error) < 0.05
+    assert abs(scale.predict(made_run(UNSEEN, busy), found, CORES).error) < 0.05
 
 
 def test_no_round_both_calibrates_and_is_predicted():
