@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -172,11 +173,14 @@ def measure(runs: Mapping[Size, Run], folder: Path, most_mb: float) -> None:
         file = folder / f"{size.clients}x{size.params}-{size.regions}{kind}.json"
         options = ["--clients", size.clients, "--params", size.params, "--regions", size.regions, "--json", file]
         options += ["--virtual"] if size.virtual else []
-        ended = subprocess.run(
-            [sys.executable, str(ROUND_BENCH), *map(str, options)], capture_output=True, text=True, check=False
-        )
-        if ended.returncode:
-            say(f"bench_round failed: {ended.stderr[-300:]}")
+        process = subprocess.Popen([sys.executable, str(ROUND_BENCH), *map(str, options)], stdout=subprocess.DEVNULL)
+        try:
+            if process.wait():
+                say(f"bench_round failed on {size}")
+        except KeyboardInterrupt:
+            process.send_signal(signal.SIGINT)  # it stops what it started
+            process.wait()
+            raise
 
 
 # ---------------------------------------------------------------- the command
@@ -210,6 +214,7 @@ def main() -> int:
         folders = [harness.RESULTS, *(asked.folders or ())]
         folders += [asked.measure] if asked.measure else []
         if asked.measure:
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
             measure(read_runs(folders), asked.measure, asked.most_mb)
         try:
             result = make(read_runs(folders))
