@@ -28,7 +28,7 @@ from combiners.host import RegionHost
 from combiners.intake import IntakeHost
 from combiners.messages import ClientView, HandOver, IntakePort, Model, Opening, Registration, Tick, TickReply
 from combiners.settings import RegionSettings
-from hierfl import kernels, observe
+from hierfl import buffers, kernels, observe
 from hierfl.aggregation import PartialAggregate
 from hierfl.errors import HierFLError, PortInUse, StorageError, StoreLocked, Unreachable
 from hierfl.pki import Kit
@@ -64,6 +64,7 @@ def _configure(process: str, directory: Path) -> None:
     """Talk goes to stderr, which Ray carries to the supervisor's. Kernels are compiled while the host starts:
     until they are, sums are made by their NumPy form, with the same bits.
     """
+    buffers.keep_freed_memory()
     threading.Thread(target=kernels.warm_up, name="kernels", daemon=True).start()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("ray").setLevel(logging.WARNING)

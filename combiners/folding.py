@@ -33,7 +33,8 @@ class Folding:
         self.answered: set[ClientRef] = set()
         """Clients that have their receipt, or have said no: they have nothing to do here until asked again."""
         self.is_closed = False
-        self._accumulator = self._new_accumulator()
+        self._accumulator: Accumulator | None = None
+        """Made by the first fold, in its thread: writing its memory takes as long as a fold."""
         self._one_at_a_time = asyncio.Lock()
         self._changed = asyncio.Event()
         self._by_client: dict[ClientRef, asyncio.Lock] = {}
@@ -83,14 +84,19 @@ class Folding:
             async with self._one_at_a_time:
                 with observe.span(observe.SPAN_FOLD, run=key.run, round=key.round, attempt=key.attempt):
                     if sum(group.num_values for group in self.plan.task.groups) < INLINE_VALUES:
-                        self._accumulator.fold(chunks, claim.weight, metrics)
+                        self._fold(chunks, claim.weight, metrics)
                     else:
                         loop = asyncio.get_running_loop()
-                        await loop.run_in_executor(pool, self._accumulator.fold, chunks, claim.weight, metrics)
+                        await loop.run_in_executor(pool, self._fold, chunks, claim.weight, metrics)
             self.folded[client] = claim
         finally:
             self.folding.pop(client, None)
             self._notify()
+
+    def _fold(self, chunks: Received, weight: int, metrics: Mapping[str, int]) -> None:
+        if self._accumulator is None:
+            self._accumulator = self._new_accumulator()
+        self._accumulator.fold(chunks, weight, metrics)
 
     async def hand_over(self, incarnation: str, seal_id: str) -> HandOver:
         """Finish what is granted and hand over. The same seal gets the same answer again."""
@@ -105,15 +111,16 @@ class Folding:
                 key=self.opening.key,
                 seal_id=seal_id,
                 entries=tuple(self.folded.values()),
-                partial=self._accumulator.partial(len(sites)) if self.folded else None,
+                partial=self._accumulator.partial(len(sites)) if self._accumulator and self.folded else None,
             )
         return self._hand_over
 
     def resume(self) -> None:
         """The seal came to nothing: go on from what was handed over."""
         if self._hand_over is not None:
-            self._accumulator = self._new_accumulator()
+            self._accumulator = None
             if self._hand_over.partial is not None:
+                self._accumulator = self._new_accumulator()
                 self._accumulator.add(self._hand_over.partial)
             self._hand_over = None
         self._notify()

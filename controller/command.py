@@ -41,9 +41,10 @@ def serve(kit: Path, directory: Path, listen: str, ready_file: Path | None) -> N
 async def _serve(kit: Path, directory: Path, listen: str, ready_file: Path | None) -> None:
     from controller.app import ControllerApp
     from controller.blobs import durable_directory
-    from hierfl import observe
+    from hierfl import buffers, observe
     from hierfl.pki import Kit
 
+    buffers.keep_freed_memory()
     stopped = asyncio.Event()
     catch_signals(stopped)
     app = ControllerApp(Kit.load(kit), directory, listen)

@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hierfl import documents
+from hierfl import buffers, documents
 from hierfl.errors import ConfigError, LayoutMismatch, ValueOutOfRange, WireError
 from hierfl.types import Float32Array, ModelHash, Params
 
@@ -240,7 +240,7 @@ class Layout:
         """
         self._check_names(params, required=set(self.slots))
         self._check_arrays(params)
-        vectors = {name: np.empty(size, np.float32) for name, size in self.vectors.items()}
+        vectors = {name: buffers.empty(size, np.float32) for name, size in self.vectors.items()}
         with np.errstate(over="ignore", invalid="ignore"):  # infinities are for check_values to name
             for name, slot in self.slots.items():
                 if slot.stop > slot.start:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from hierfl import observe
+from hierfl import buffers, observe
 from hierfl.client.app import App
 from hierfl.client.link import checked
 from hierfl.client.offers import SitePolicy
@@ -61,6 +61,7 @@ def run(
     loaded = [checked(kit if isinstance(kit, Kit) else Kit.load(kit)) for kit in kits]
     policy = SitePolicy(app=app, min_k=min_k)
     observe.configure(_process_name(loaded), Path(directory))
+    buffers.keep_freed_memory()
     try:
         interrupted = asyncio.run(
             serve(policy, loaded, Path(directory), site_config or {}, workers=workers, max_rounds=max_rounds, say=say)

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from hierfl import observe
+from hierfl import buffers, observe
 from hierfl.aggregation import ColumnGroup, check_values
 from hierfl.client.app import App, seed_generators
 from hierfl.client.params import deltas_of, local_arrays, returned_arrays
@@ -107,7 +107,8 @@ def make_task(
         given = {**layout.unflatten(base), **local}
     for name, array in given.items():
         if id(array) not in copies:
-            copies[id(array)] = array.copy()
+            copies[id(array)] = copied = buffers.empty(array.shape, array.dtype)
+            copied[...] = array
         params[name] = copies[id(array)]
     return Task(
         params=params,

@@ -14,7 +14,7 @@ from typing import ClassVar, NamedTuple, Protocol, cast
 
 import numpy as np
 
-from hierfl import kernels_finish, parallel
+from hierfl import buffers, kernels_finish, parallel
 from hierfl.aggregation import FINISH_BLOCK, ColumnGroup, GroupKind, PartialAggregate, Weighting, choose_scale
 from hierfl.errors import ConfigError, ConfigErrors, StoreDamaged, ValueOutOfRange
 from hierfl.layout import Layout
@@ -169,8 +169,8 @@ class _Move:
     def __init__(self, params: Vectors, total: PartialAggregate, arrays: Memory, step: Step | float) -> None:
         self._params, self._total, self._arrays, self._step = params, total, arrays, step
         self._groups = {group.name: group for group in total.groups}
-        self.model = {name: np.empty(vector.size, np.float32) for name, vector in params.items()}
-        self.after = {key: np.empty(array.size, np.float64) for key, array in arrays.items()}
+        self.model = {name: buffers.empty(vector.size, np.float32) for name, vector in params.items()}
+        self.after = {key: buffers.empty(array.size, np.float64) for key, array in arrays.items()}
 
     def share(self, name: str, first: int) -> int:
         """``SHARE`` values of a vector, from ``first`` on."""

@@ -19,7 +19,7 @@ from typing import cast
 
 import numpy as np
 
-from hierfl import documents
+from hierfl import buffers, documents
 from hierfl.errors import DigestMismatch, TransferIncomplete, WireError
 from hierfl.types import AttemptKey
 from hierfl.wire import arrow, digest
@@ -304,7 +304,7 @@ class Incoming:
         self.chunks = {spec.name: [] for spec in descriptor.vectors}
         if not self._keeps_frames:
             self._whole = {
-                spec.name: np.empty(spec.num_values, arrow.DTYPES[spec.dtype]) for spec in descriptor.vectors
+                spec.name: buffers.empty(spec.num_values, arrow.DTYPES[spec.dtype]) for spec in descriptor.vectors
             }
         self._lengths = ((spec, length) for spec in descriptor.vectors for length in spec.chunk_lengths())
         self._next = next(self._lengths, None)
