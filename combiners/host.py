@@ -309,7 +309,7 @@ class RegionHost:
         base = instruction.plan.base
         try:
             with observe.remote_parent(self._traceparent(instruction.plan.key)):
-                await self.models.get(base.model_hash, base.layout_hash, base.size_bytes)
+                await self.models.get(base.model_hash, base.layout_hash, base.size_bytes, base.digest)
         except HierFLError as error:
             logger.error("%s: its base model cannot be had: %s", instruction.plan.key, error)
             self.apply(ModelFailed(instruction.plan.key, Reason.STORAGE))
@@ -415,7 +415,7 @@ class RegionHost:
         for attempt in self.region.attempts.values():
             base = attempt.plan.base
             if attempt.phase is Phase.COLLECTING and base.model_hash == model_hash:  # the shelf may have let it go
-                return await self.models.get(model_hash, base.layout_hash, base.size_bytes)
+                return await self.models.get(model_hash, base.layout_hash, base.size_bytes, base.digest)
         return await self.models.find(model_hash)
 
 

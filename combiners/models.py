@@ -29,15 +29,19 @@ class ModelShelf:
         """Whether the model is here, or on its way."""
         return model_hash in self._models
 
-    async def get(self, model_hash: ModelHash, layout_hash: str, max_bytes: int = MAX_MODEL_BYTES) -> Model:
+    async def get(
+        self, model_hash: ModelHash, layout_hash: str, max_bytes: int = MAX_MODEL_BYTES, digest: str = ""
+    ) -> Model:
         """The model, fetched if need be; several who want it at once share one fetch.
+
+        ``digest``: of its transfer, where a plan or a record that was verified says it.
 
         Raises:
             HierFLError: The controller refuses, or what came is another model or layout.
         """
         task = self._models.pop(model_hash, None)
         if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
-            expect = Expect("model", layout_hash, None, max_bytes)
+            expect = Expect("model", layout_hash, None, max_bytes, vouched=digest)
             task = asyncio.create_task(self._load(model_hash, expect))
         self._models[model_hash] = task  # the newest last
         for old in list(self._models)[:-MODELS_KEPT]:

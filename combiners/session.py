@@ -143,7 +143,7 @@ class Session:
             return False
         if verdict.record or key_from_proto(verdict.key).task is TaskKind.TRAIN:
             record = accept_record(verdict, self._host.kit.trust)
-            await self._host.models.get(record.model_hash, record.layout_hash, MAX_MODEL_BYTES)
+            await self._host.models.get(record.model_hash, record.layout_hash, MAX_MODEL_BYTES, record.model_digest)
             self._check_counted(record, verdict.partial_digest)
         return bool(digest) and verdict.partial_digest == digest
 

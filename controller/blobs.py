@@ -31,6 +31,7 @@ from hierfl.types import Float32Array, ModelHash
 from hierfl.wire import digest as digests
 from hierfl.wire.framefile import read_frames, write_frames
 from hierfl.wire.packed import expect_partial, packed_sums
+from hierfl.wire.transfer import Outgoing
 
 __all__ = ["ArrivingPartial", "Blobs", "durable_directory", "storage_errors", "sync_directory"]
 
@@ -43,7 +44,7 @@ class Blobs:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._newest: tuple[ModelHash, Layout, dict[str, Float32Array]] | None = None
+        self._newest: tuple[ModelHash, Layout, dict[str, Float32Array], Outgoing] | None = None
         for kind in ("models", "layouts", "states", "partials"):
             durable_directory(directory / kind)
         for left in directory.glob("*/.part-*"):
@@ -59,15 +60,15 @@ class Blobs:
         if not self._path("layouts", layout.hash).is_file():
             self._write("layouts", [layout.to_bytes()], layout.hash)
         parts = [np.ascontiguousarray(vectors[vector], dtype="<f4") for vector in layout.vectors]
-        with ThreadPoolExecutor(1) as beside:  # hashed while it is written: both take their time
+        whole = dict(zip(layout.vectors, map(_frozen, parts), strict=True))
+        outgoing = Outgoing("model", layout.hash, whole, meta=layout.to_bytes())
+        with ThreadPoolExecutor(2) as beside:  # hashed and encoded while it is written: each takes its time
             hashed = beside.submit(model_hash, layout, vectors)
+            encoded = beside.submit(_encode, outgoing)
             self._write("models", [layout.hash.encode(), *parts], hashed.result)
         name = hashed.result()
-        self._newest = (
-            name,
-            layout,
-            {vector: _frozen(part) for vector, part in zip(layout.vectors, parts, strict=True)},
-        )
+        encoded.result()
+        self._newest = (name, layout, whole, outgoing)
         return name
 
     def has_model(self, name: str) -> bool:
@@ -110,6 +111,16 @@ class Blobs:
         if any(vectors[v].size != n for v, n in layout.vectors.items()) or model_hash(layout, vectors) != name:
             raise StoreDamaged(f"model {name} in {self._directory} is damaged; restore it from a backup")
         return layout, vectors
+
+    def model_transfer(self, name: ModelHash) -> Outgoing:
+        """A stored model as it is sent, encoded. Raises as ``model``."""
+        newest = self._newest
+        if newest is not None and newest[0] == name:
+            return newest[3]
+        layout, vectors = self.model(name)
+        outgoing = Outgoing("model", layout.hash, vectors, meta=layout.to_bytes())
+        _encode(outgoing)
+        return outgoing
 
     # -------------------------------------------------------------- strategy states
 
@@ -263,6 +274,10 @@ def _frozen(vector: Float32Array) -> Float32Array:
     view = vector.view()
     view.flags.writeable = False
     return view
+
+
+def _encode(outgoing: Outgoing) -> str:
+    return outgoing.digest
 
 
 def _is_hash(name: str) -> bool:

@@ -52,6 +52,7 @@ def commit_record(
         state_digest=made.state_digest,
         committed_unix_ns=now_unix_ns,
         updates=attempt.spec.encoding.name,
+        model_digest=made.model_digest,
     )
 
 
@@ -92,6 +93,7 @@ def rows_of_commit(
         run,
         version=record.version,
         model_hash=record.model_hash,
+        model_digest=record.model_digest,
         state_digest=record.state_digest,
         rounds_committed=record.round,
         abandoned_in_a_row=0,

@@ -28,6 +28,8 @@ class NextModel:
     """What the strategy made, stored."""
 
     model_hash: ModelHash
+    model_digest: str
+    """Of its transfer."""
     state_digest: str
 
 
@@ -80,4 +82,6 @@ def next_model(blobs: Blobs, run: RunRow, total: PartialAggregate) -> NextModel:
         raise RunFailed(f"strategy {run.job.strategy.name}: {error}") from error
     except Exception as error:
         raise RunFailed(f"strategy {run.job.strategy.name} broke: {type(error).__name__}: {error}") from error
-    return NextModel(model_hash=blobs.put_model(layout, model), state_digest=blobs.put_state(after.to_arrays()))
+    name = blobs.put_model(layout, model)
+    digest = blobs.model_transfer(name).digest
+    return NextModel(model_hash=name, model_digest=digest, state_digest=blobs.put_state(after.to_arrays()))

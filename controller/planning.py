@@ -102,6 +102,7 @@ def new_attempt(run: RunRow, wish: OpenAttempt, *, now_unix_ns: int) -> AttemptR
         spec=_task_spec(run, wish),
         base_version=run.version,
         base_hash=run.model_hash,
+        base_digest=run.model_digest,
         opened_unix_ns=now_unix_ns,
     )
 
@@ -140,6 +141,7 @@ def plan_for(run: RunRow, attempt: AttemptRow, region: RegionId, federation: str
         base=ModelRef(
             version=attempt.base_version,
             model_hash=attempt.base_hash,
+            digest=attempt.base_digest,
             layout_hash=run.layout_hash,
             size_bytes=run.num_params * BYTES_PER_VALUE,
         ),

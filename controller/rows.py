@@ -42,6 +42,8 @@ class RunRow:
     version: int = 0
     model_hash: ModelHash
     """Of ``version``."""
+    model_digest: str = ""
+    """Of its transfer; empty where that is not known."""
     state_digest: str = ""
     """Of the strategy's state after ``version``."""
     rounds_committed: int = 0
@@ -72,6 +74,7 @@ class AttemptRow:
     """As offered: a controller that adopts the attempt signs the same plan again."""
     base_version: int
     base_hash: ModelHash
+    base_digest: str = ""
     opened_unix_ns: int
     state: RoundState = RoundState.COLLECTING
     reason: str = ""

@@ -78,10 +78,7 @@ class ModelCache:
         return await asyncio.shield(task)  # one caller who leaves does not end it for the others
 
     def _read(self, name: ModelHash) -> Outgoing:
-        layout, vectors = self._leader.blobs.model(name)
-        outgoing = Outgoing("model", layout.hash, vectors, meta=layout.to_bytes())
-        assert outgoing.digest, "encoded here, on this thread"
-        return outgoing
+        return self._leader.blobs.model_transfer(name)
 
 
 class ControllerService:

@@ -63,6 +63,8 @@ class ModelRef:
     model_hash: ModelHash
     layout_hash: str
     size_bytes: int
+    digest: str = ""
+    """Of the transfer that the controller makes of it, where it is known: what comes with it needs no other check."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -95,6 +95,8 @@ class CommitRecord:
     committed_unix_ns: int
     updates: str = "float32"
     """How they travelled: the name of their encoding."""
+    model_digest: str = ""
+    """Of the transfer that the controller makes of the model."""
 
 
 def update_statement(key: UpdateKey, digest: str, weight: int) -> bytes:

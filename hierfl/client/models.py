@@ -63,7 +63,9 @@ class ModelCache:
         wanted = plan.base.model_hash
         async with self._locks.setdefault(wanted, asyncio.Lock()):
             if wanted not in self._models:
-                expect = transfer.Expect("model", plan.base.layout_hash, None, plan.base.size_bytes)
+                expect = transfer.Expect(
+                    "model", plan.base.layout_hash, None, plan.base.size_bytes, vouched=plan.base.digest
+                )
                 incoming = await fetch(wanted, expect)
                 self._models[wanted] = await asyncio.to_thread(_taken, incoming)
             model = self._models[wanted] = self._models.pop(wanted)  # the newest last

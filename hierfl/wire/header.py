@@ -125,6 +125,8 @@ class Expect:
     max_bytes: int
     """Cap on the bytes of all values."""
     digest: str | None = None
+    vouched: str = ""
+    """A digest that a signature vouches for: a model with it needs no other check, one with another its hash."""
     encoding: str | None = None
     """``None``: plain values."""
     at_most: bool = False
