@@ -99,17 +99,19 @@ def zeros(shape: int | Sequence[int], dtype: npt.DTypeLike) -> np.ndarray:
     return array
 
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 _TRIM_BYTES, _MMAP_BYTES = 2**30, 32 * 2**20
 
 
 def keep_freed_memory() -> None:
     """Let malloc keep up to 1 GiB of what is freed, such as the frames of a transfer, for a program that moves models
-    round after round. Does nothing where the C library is not glibc.
+    round after round; in one arena, since the others give theirs back whatever they are told. Call it before threads
+    start. Does nothing where the C library is not glibc.
     """
     if not sys.platform.startswith("linux"):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
+        mallopt(_M_ARENA_MAX, 1)
         mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
         mallopt(_M_TRIM_THRESHOLD, _TRIM_BYTES)
