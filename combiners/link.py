@@ -24,6 +24,8 @@ HEARTBEAT_S = 1.0
 """Longest time between two ticks."""
 RETRY_S = 0.2
 """Pause before a Region that did not answer is called again; Ray restarts it in about a second."""
+COALESCE_S = 0.003
+"""What comes within so long goes along: a call costs as much as ten clients' claims."""
 MAX_BATCH = 4096
 
 T = TypeVar("T")
@@ -120,6 +122,8 @@ class RegionLink:
                     await self._wake.wait()
             except TimeoutError:
                 pass
+            else:
+                await asyncio.sleep(COALESCE_S)
             self._wake.clear()
             self._idle.clear()
             try:
