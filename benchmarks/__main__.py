@@ -10,7 +10,8 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from benchmarks import bench_fold, bench_start, harness, rounds
+from benchmarks import bench_fold, bench_peers, bench_start, bench_wan, harness, rounds
+from hierfl import documents
 
 BENCHES: Mapping[str, Callable[[int], tuple[harness.Figure, ...]]] = {
     "start": bench_start.measure,
@@ -53,8 +54,18 @@ def run_all() -> int:
 
 
 def tables() -> str:
-    """What all result files make: whole rounds, then what is done to every value."""
-    return f"{rounds.table()}\n\n{harness.table(harness.read_results(harness.RESULTS, BENCHES))}"
+    """What all result files make: whole rounds, links, peers, then what is done to every value."""
+    peers = documents.decode((harness.RESULTS / "peers.json").read_bytes(), bench_peers.PeersResult, "peers.json")
+    wan = documents.decode((harness.RESULTS / "wan.json").read_bytes(), bench_wan.WanResult, "wan.json")
+    parts = (
+        rounds.table(),
+        "A round over links between regions (`benchmarks/bench_wan.py`):",
+        bench_wan.table(wan),
+        "Peers, each as its users run it on one machine, ours with mutual TLS (`benchmarks/bench_peers.py`):",
+        bench_peers.table(peers),
+        harness.table(harness.read_results(harness.RESULTS, BENCHES)),
+    )
+    return "\n\n".join(parts)
 
 
 def show(target: Path | None) -> int:

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from hierfl import kernels_finish, kernels_packing
+from hierfl.kernels_build import build
 from hierfl.types import Float32Array, Int64Array
 
 __all__ = ["NUMPY", "Kernels", "active", "compiled", "warm_up"]
@@ -179,13 +180,6 @@ def compiled() -> Kernels | None:
     values = types.Array(types.float32, 1, "C", readonly=True, aligned=False)
     sums, low = types.int64[::1], types.uint64[::1]
     scaling = (types.float32, types.float64, types.int64)
-
-    def build(function: Callable[..., int], *arguments: object) -> Callable[..., int]:
-        signature = types.int64(*arguments)
-        try:
-            return cast("Callable[..., int]", numba.njit(signature, nogil=True, cache=True)(function))
-        except RuntimeError:  # no directory to cache in
-            return cast("Callable[..., int]", numba.njit(signature, nogil=True)(function))
 
     return Kernels(
         build(_first_out_of_range, values, types.float32),

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from hierfl import kernels
 from hierfl.kernels import BLOCK, EXACT, MAGIC, MAGIC_BITS
+from hierfl.kernels_build import build
 from hierfl.types import Float32Array, Int64Array
 
 __all__ = ["NUMPY", "EncodingKernels", "active", "compiled", "warm_up"]
@@ -170,13 +171,6 @@ def compiled() -> EncodingKernels | None:
 
     def received(kind: object) -> object:
         return types.Array(kind, 1, "C", readonly=True, aligned=False)  # messages: read-only, at any address
-
-    def build(function: Callable[..., int], *arguments: object) -> Callable[..., int]:
-        signature = types.int64(*arguments)
-        try:
-            return cast("Callable[..., int]", numba.njit(signature, nogil=True, cache=True)(function))
-        except RuntimeError:  # no directory to cache in
-            return cast("Callable[..., int]", numba.njit(signature, nogil=True)(function))
 
     sums, floats, whole = types.int64[::1], received(types.float32), types.int64
     scaling = (types.float32, types.float64, whole)

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 
+from hierfl import kernels_build
 from hierfl.types import Float32Array, Float64Array, Int64Array
 
 __all__ = ["NUMPY", "FinishKernels", "active", "compiled", "warm_up"]
@@ -108,15 +109,8 @@ def compiled() -> FinishKernels | None:
     params = types.Array(types.float32, 1, "C", readonly=True, aligned=False)
     step = types.Array(types.float64, 1, "C", readonly=True)
 
-    def build(function: Callable[..., int], *arguments: object) -> Callable[..., int]:
-        signature = types.int64(*arguments)
-        # error_model: a division by zero is infinite, as NumPy's; the loop could not be vectorised otherwise.
-        options = {"nogil": True, "error_model": "numpy"}
-        try:
-            return cast("Callable[..., int]", numba.njit(signature, cache=True, **options)(function))
-        except RuntimeError:  # no directory to cache in
-            return cast("Callable[..., int]", numba.njit(signature, **options)(function))
-
+    # error_model: a division by zero is infinite, as NumPy's; the loop could not be vectorised otherwise.
+    build = functools.partial(kernels_build.build, error_model="numpy")
     return FinishKernels(
         build(_mean, sums, types.float64, types.float64, types.float64[::1]),
         build(_move, params, step, types.float32[::1]),

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from hierfl.kernels_build import build
 from hierfl.types import Int64Array
 
 __all__ = ["BLOCK", "LANES", "MAX_WIDTH", "NUMPY", "ROWS", "PackingKernels", "active", "compiled", "warm_up"]
@@ -252,13 +253,6 @@ def compiled() -> PackingKernels | None:
     received = types.Array(types.uint64, 1, "C", readonly=True, aligned=False)
     blocks = (types.int64[::1], types.uint8[::1])
     sums, words = types.int64[::1], types.uint64[::1]
-
-    def build(function: Callable[..., int], *arguments: object) -> Callable[..., int]:
-        signature = types.int64(*arguments)
-        try:
-            return cast("Callable[..., int]", numba.njit(signature, nogil=True, cache=True)(function))
-        except RuntimeError:  # no directory to cache in
-            return cast("Callable[..., int]", numba.njit(signature, nogil=True)(function))
 
     return PackingKernels(
         build(_measure, values, *blocks),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -438,3 +439,20 @@ async def test_what_turns_out_to_be_another_model_is_forgotten_and_fetched_anew(
         await fetcher.fetch(server, server.hash, server.expect)  # type: ignore[arg-type]
     got = await fetcher.fetch(server, server.hash, server.expect)  # type: ignore[arg-type]
     assert got.vectors()["train"].tobytes() == server.vectors["train"].tobytes()
+
+
+async def test_a_model_whose_digest_is_vouched_for_is_taken_and_any_other_has_to_have_the_hash():
+    server = ModelServer([])
+    vouching = replace(server.expect, vouched=server.outgoing.digest)
+    other_name = "0" * 64
+    await Fetcher().fetch(server, other_name, vouching)  # type: ignore[arg-type]  # the signature named this digest
+    with pytest.raises(DigestMismatch):
+        await Fetcher().fetch(server, other_name, server.expect)  # type: ignore[arg-type]
+    with pytest.raises(DigestMismatch):
+        await Fetcher().fetch(server, other_name, replace(vouching, vouched="blake3:" + other_name))  # type: ignore[arg-type]
+    meta = server.layout.to_bytes()
+    server.outgoing = Outgoing("model", server.layout.hash, server.vectors, meta=meta, digest_alg="sha256")
+    await Fetcher().fetch(server, server.hash, vouching)  # type: ignore[arg-type]  # another digest, and the hash holds
+    server.outgoing = Outgoing("model", server.layout.hash, {"train": server.vectors["train"] + 1}, meta=meta)
+    with pytest.raises(DigestMismatch):
+        await Fetcher().fetch(server, server.hash, vouching)  # type: ignore[arg-type]
