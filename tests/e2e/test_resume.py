@@ -11,7 +11,8 @@ from proxies import Proxy, proxy_to
 
 from hierfl.wire import hierfl_pb2 as pb
 
-NUM_VALUES = 4_000_000
+NUM_VALUES = 8_000_000
+"""32 MB: about 5 MB may be on their way, in buffers of system and gRPC, when a link breaks under load."""
 SIZE_BYTES = 4 * NUM_VALUES
 REGION, SITES = "eu", ["site-00", "site-01"]
 OVERHEAD = 0.02
