@@ -40,7 +40,7 @@ EXAMPLES = """\
 examples:
   python benchmarks/bench_peers.py                                        every peer, 4 clients x 10 MB
   python benchmarks/bench_peers.py --round 4x25000000 --round 16x25000000 100 MB each
-  python benchmarks/bench_peers.py --peer nvflare --environments /var/tmp/peers    keep what is installed there
+  python benchmarks/bench_peers.py --peer nvflare --environments peers    keep what is installed there
 """
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,10 @@ class Target:
             return seconds / float(results[name]["limit_s"])
         other = results.get(self.against)
         return None if other is None else seconds / float(other["round_s"]["median"])
+
+    def figure(self, reached: float) -> str:
+        """For the table: a ratio, or milliseconds."""
+        return f"{reached:.2f}" if self.against else f"{1000 * reached:.0f} ms"
 
 
 ROUNDS: Mapping[str, Target] = {
@@ -121,20 +125,16 @@ def _row(name: str, results: Mapping[str, Result]) -> str:
     target, result = ROUNDS[name], results[name]
     reached = target.reached(results, name)
     memory = ", ".join(f"{result['peak_rss_mib'][part]:.0f}" for part in ("intake", "region", "controller", "client"))
-    against: str
-    format_: Callable[[float], str]
-    if not target.against:
-        against, format_ = "", lambda seconds: f"{1000 * seconds:.0f} ms"
-    else:
-        against = "the bytes alone" if target.against == "limit" else ROUNDS[target.against].words
-        format_ = lambda ratio: f"{ratio:.2f}"  # noqa: E731
+    against = "the bytes alone" if target.against == "limit" else ""
+    if target.against in ROUNDS:
+        against = ROUNDS[target.against].words
     words = [
         target.words if target.against else f"nothing, {target.words} clients",
         f"{result['round_s']['median']:.3f} s",
         f"{result['limit_s']:.3f} s",
         against,
-        "" if reached is None else format_(reached),
-        format_(target.most),
+        "" if reached is None else target.figure(reached),
+        target.figure(target.most),
         f"{result['cpu_s']:.2f} s",
         memory,
     ]

@@ -39,7 +39,7 @@ def seal(release: Release, layout_hash: str) -> Sealed:
         raise TypeError("only a Release is sealed")
     meta = documents.encode(release.head)
     outgoing = outgoing_partial(layout_hash, release.partial.groups, release.partial.sums, meta)
-    outgoing.digest  # noqa: B018 - encodes now, here, where that may take its time
+    outgoing.encode()
     return Sealed(release.head, outgoing)
 
 

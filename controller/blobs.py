@@ -64,7 +64,7 @@ class Blobs:
         outgoing = Outgoing("model", layout.hash, whole, meta=layout.to_bytes())
         with ThreadPoolExecutor(2) as beside:  # hashed and encoded while it is written: each takes its time
             hashed = beside.submit(model_hash, layout, vectors)
-            encoded = beside.submit(_encode, outgoing)
+            encoded = beside.submit(outgoing.encode)
             self._write("models", [layout.hash.encode(), *parts], hashed.result)
         name = hashed.result()
         encoded.result()
@@ -119,7 +119,7 @@ class Blobs:
             return newest[3]
         layout, vectors = self.model(name)
         outgoing = Outgoing("model", layout.hash, vectors, meta=layout.to_bytes())
-        _encode(outgoing)
+        outgoing.encode()
         return outgoing
 
     # -------------------------------------------------------------- strategy states
@@ -274,10 +274,6 @@ def _frozen(vector: Float32Array) -> Float32Array:
     view = vector.view()
     view.flags.writeable = False
     return view
-
-
-def _encode(outgoing: Outgoing) -> str:
-    return outgoing.digest
 
 
 def _is_hash(name: str) -> bool:

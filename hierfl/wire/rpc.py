@@ -187,13 +187,9 @@ def answer_hello(request: pb.HelloRequest, name: str = "the server") -> pb.Hello
 
 async def outgoing_frames(outgoing: Outgoing, key: AttemptKey | None = None) -> AsyncIterator[bytes]:
     """The frames of a transfer as a streaming handler yields them; encoded, the first time, in a thread."""
-    await asyncio.to_thread(_encode, outgoing)
+    await asyncio.to_thread(outgoing.encode)
     for frame in outgoing.frames(key):
         yield frame
-
-
-def _encode(outgoing: Outgoing) -> str:
-    return outgoing.digest
 
 
 # ---------------------------------------------------------------- receiving
@@ -346,7 +342,7 @@ async def upload_frames(
     Raises:
         HierFLError: What ``from_rpc_error`` makes of a call that failed.
     """
-    digest = await asyncio.to_thread(_encode, outgoing)
+    digest = await asyncio.to_thread(outgoing.encode)
     try:
         return await send_frames(call, outgoing.frames(key, ticket), ((RESUME, digest), *metadata))
     except grpc.RpcError as error:

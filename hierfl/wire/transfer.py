@@ -148,6 +148,10 @@ class Outgoing:
     @property
     def digest(self) -> str:
         """Root over descriptor and chunks, ``alg:hex``."""
+        return self.encode()
+
+    def encode(self) -> str:
+        """Do now what takes its time, the copy and the digest, for a thread that has it; returns the digest."""
         with self._lock:
             if not self._digest:
                 self._make()
