@@ -38,7 +38,6 @@ __all__ = [
     "first_frame",
     "frames_of",
     "hello",
-    "outgoing_frames",
     "send_frames",
     "stub",
     "upload_frames",
@@ -183,13 +182,6 @@ def answer_hello(request: pb.HelloRequest, name: str = "the server") -> pb.Hello
     """
     version = negotiate(PROTOCOL_VERSIONS, request.versions, our_name=name, their_name="the caller")
     return pb.HelloResponse(version=version, software=SOFTWARE, time_unix_ns=time.time_ns())
-
-
-async def outgoing_frames(outgoing: Outgoing, key: AttemptKey | None = None) -> AsyncIterator[bytes]:
-    """The frames of a transfer as a streaming handler yields them; encoded, the first time, in a thread."""
-    await asyncio.to_thread(outgoing.encode)
-    for frame in outgoing.frames(key):
-        yield frame
 
 
 # ---------------------------------------------------------------- receiving

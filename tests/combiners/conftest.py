@@ -42,6 +42,7 @@ from hierfl.wire import hierfl_pb2 as pb
 from hierfl.wire import rpc, tls
 from hierfl.wire.access import AccessInterceptor
 from hierfl.wire.convert import key_from_proto, key_to_proto
+from hierfl.wire.fetch import model_frames
 from hierfl.wire.packed import expect_partial, packed_sums
 from hierfl.wire.transfer import Incoming, Outgoing
 
@@ -320,7 +321,7 @@ class Controller:
 
     async def FetchModel(self, request: pb.FetchModelRequest, context: Any) -> AsyncIterator[bytes]:  # noqa: N802  the RPC
         self._trouble("FetchModel")
-        async for frame in rpc.outgoing_frames(self.models[request.model_hash]):
+        async for frame in model_frames(self.models[request.model_hash].frames(), request, context):
             yield frame
 
 

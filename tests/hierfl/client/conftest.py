@@ -33,6 +33,7 @@ from hierfl.wire import hierfl_pb2 as pb
 from hierfl.wire import rpc, tls, transfer
 from hierfl.wire.access import AccessInterceptor, current_identity
 from hierfl.wire.convert import key_from_proto, key_to_proto, receipt_to_proto
+from hierfl.wire.fetch import model_frames
 
 PATIENCE_S = 20.0
 METRICS = tuple(
@@ -253,7 +254,7 @@ class FakeCombiner:
             raise NotFound("model", request.model_hash)
         model = self.models[request.model_hash]
         outgoing = transfer.Outgoing("model", model.layout.hash, model.vectors, meta=model.layout.to_bytes())
-        async for frame in rpc.outgoing_frames(outgoing):
+        async for frame in model_frames(outgoing.frames(), request, context):
             yield frame
 
     async def Admit(self, request: pb.AdmitRequest, context: Any) -> pb.AdmitResponse:  # noqa: N802

@@ -30,7 +30,7 @@ from hierfl.wire import hierfl_pb2 as pb
 from hierfl.wire import rpc, tls, transfer
 from hierfl.wire.access import AccessInterceptor, current_identity
 from hierfl.wire.convert import check_key, key_from_proto, key_to_proto, receipt_from_proto, receipt_to_proto
-from hierfl.wire.fetch import fetch_model
+from hierfl.wire.fetch import fetch_model, model_frames
 from hierfl.wire.models import hash_of
 from hierfl.wire.transfer import Expect, Incoming, Outgoing
 from hierfl.wire.versions import negotiate
@@ -99,7 +99,7 @@ class Combiner:
     async def FetchModel(self, request, context):  # noqa: N802
         if request.model_hash == "0" * 64:
             raise NotFound("model", request.model_hash[:12])
-        async for frame in rpc.outgoing_frames(self.model):
+        async for frame in model_frames(self.model.frames(), request, context):
             yield frame
 
 
