@@ -31,7 +31,7 @@ from hierfl.wire import hierfl_pb2 as pb
 from hierfl.wire.access import AccessInterceptor, current_identity
 from hierfl.wire.convert import key_from_proto, receipt_to_proto
 from hierfl.wire.fetch import model_frames
-from hierfl.wire.transfer import Incoming, read_header
+from hierfl.wire.transfer import Incoming, is_small, read_header
 
 __all__ = ["IntakeHost", "reachable"]
 
@@ -166,6 +166,8 @@ class _ClientService:
     async def Admit(self, request: pb.AdmitRequest, context: Any) -> pb.AdmitResponse:  # noqa: N802
         key = UpdateKey(key_from_proto(request.key), _client())
         digest.check(request.digest)
+        if request.update and not is_small(request.update, request.length_bytes):
+            raise WireError("only a small update may come with its request; ask without it, then upload")
         statement = update_statement(key, request.digest, request.weight)
         verify(_leaf(context), request.signature, statement, UPDATE_CONTEXT)
         claim = Claim(key=key, digest=request.digest, weight=request.weight, signature=request.signature)

@@ -43,8 +43,6 @@ from hierfl.wire.fetch import Fetcher
 __all__ = ["Link", "Waits", "checked", "probe"]
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
-SMALL_UPDATE_BYTES = 65_536
-"""Of values: what is not larger is handed in with the request, which saves a stream."""
 DIAL_S = 10.0
 """In which an intake of the list has to answer; the kit's addresses have as long as any call."""
 SPREAD_S = 2.0
@@ -226,7 +224,7 @@ class Link:
             length_bytes=outgoing.length_bytes,
             weight=weight,
             signature=signature,
-            update=outgoing.frames(key) if outgoing.length_bytes <= SMALL_UPDATE_BYTES else (),
+            update=outgoing.small_frames(key),
         )
         response: pb.AdmitResponse = await self._call("Admit", request)
         return response

@@ -13,7 +13,7 @@ can be sent again under another key. Received chunks are views on the frames: no
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import cast
 
@@ -43,7 +43,23 @@ from hierfl.wire.header import (
     read_trailer,
 )
 
-__all__ = ["Descriptor", "Expect", "Header", "Incoming", "Kind", "Outgoing", "VectorSpec", "read_header"]
+__all__ = [
+    "SMALL_UPDATE_BYTES",
+    "Descriptor",
+    "Expect",
+    "Header",
+    "Incoming",
+    "Kind",
+    "Outgoing",
+    "VectorSpec",
+    "is_small",
+    "read_header",
+]
+
+SMALL_UPDATE_BYTES = 65_536
+"""Of values: what is not larger may be handed in with the request for admission, which saves a stream."""
+MOST_FRAME_BYTES = 2 * SMALL_UPDATE_BYTES
+"""Of a small update's frames: its values, its header and what Arrow adds."""
 
 
 class Outgoing:
@@ -168,6 +184,11 @@ class Outgoing:
         yield from header_frames(documents.encode(header))
         yield from self._copy if self._copy is not None else map(arrow.encode_chunk, self._make_chunks())
         yield documents.encode(Trailer(digest=root))
+
+    def small_frames(self, key: AttemptKey) -> list[bytes]:
+        """All frames where they may come with a request, else none."""
+        frames = list(self.frames(key)) if self.length_bytes <= SMALL_UPDATE_BYTES else []
+        return frames if is_small(frames, self.length_bytes) else []
 
     def _make(self) -> None:
         frames, digests = [], []
@@ -332,6 +353,11 @@ class Incoming:
         place = self._whole[spec.name][start : start + values.size]
         place[:] = values
         return place
+
+
+def is_small(frames: Sequence[bytes], length_bytes: int) -> bool:
+    """Whether an update may come with its request: who waits in line holds no more than that."""
+    return length_bytes <= SMALL_UPDATE_BYTES and sum(map(len, frames)) <= MOST_FRAME_BYTES
 
 
 def _plain(name: str, vector: np.ndarray, only: str | None) -> np.ndarray:

@@ -87,6 +87,21 @@ async def test_a_bad_small_update_is_refused_like_a_large_one(start_combiner, co
         assert head.num_updates == 3
 
 
+async def test_only_a_small_update_may_come_with_its_request(start_combiner, controller, client_kits, connect, plan):
+    async with start_combiner() as combiner:
+        client, *_ = await joined(connect, combiner, client_kits[:3])
+        await controller.offer(plan)
+        await client.offer()
+        outgoing, weight = client.update(plan)
+        frames = list(outgoing.frames(plan.key))
+        padded = [frames[0], frames[1] + bytes(131_072), frames[2]]
+        for changes in {"update": padded}, {"update": frames, "length_bytes": 65_537}:
+            with pytest.raises(WireError, match="only a small update"):
+                await client.admit(plan.key, outgoing, weight, **changes)
+        assert client.update(plan, vectors={"train": np.zeros(20_000, np.float32)})[0].small_frames(plan.key) == []
+        assert (await client.admit(plan.key, outgoing, weight, update=frames)).receipt.state == pb.RECEIPT_STATE_STAGED
+
+
 async def joined(connect, combiner, kits):
     return [await connect(kit, combiner.addresses[n % len(combiner.addresses)]) for n, kit in enumerate(kits)]
 
@@ -165,7 +180,7 @@ async def test_an_update_signed_by_nobody_it_could_be_from_is_not_admitted(
     start_combiner, controller, client_kits, connect, plan
 ):
     async with start_combiner() as combiner:
-        (client,) = await joined(connect, combiner, client_kits[:1])
+        client, *_ = await joined(connect, combiner, client_kits[:3])
         outgoing, weight = client.update(plan)
         with pytest.raises(CertificateUntrusted):
             await client.admit(plan.key, outgoing, weight, signature=client_kits[1].sign(b"x", b"hierfl.update/1"))
@@ -235,7 +250,7 @@ async def test_a_restarted_region_knows_its_receipts_and_sends_the_same_bytes_to
     async with start_combiner() as combiner:
         await controller.attached(2)
         assert [pending.digest for pending in controller.attachments[-1].pending] == [first[3]]
-        (client,) = await joined(connect, combiner, client_kits[:1])
+        client, *_ = await joined(connect, combiner, client_kits[:3])
         assert [receipt.state for receipt in await client.receipts(plan.key)] == [pb.RECEIPT_STATE_SEALED]
         await controller.offer(second_attempt)
         key, _, partial, digest = await controller.partials.get()
