@@ -45,6 +45,7 @@ from hierfl.errors import (
     ValueOutOfRange,
     WireError,
 )
+from hierfl.failpoints import reach
 from hierfl.plan import Plan
 from hierfl.receipts import Reason, Receipt, ReceiptState
 from hierfl.types import AttemptKey, ClientRef, ModelHash, UpdateKey
@@ -205,7 +206,9 @@ class Desk:
         if attempt is None:
             return HandOver(incarnation=self.link.incarnation, key=key, seal_id=seal_id)
         await self.link.settled()
-        return await attempt.hand_over(self.link.incarnation, seal_id)
+        hand_over = await attempt.hand_over(self.link.incarnation, seal_id)
+        reach("intake.hand_over")
+        return hand_over
 
     async def add(self, hand_overs: tuple[HandOver, ...]) -> HandOver:
         """For the Region, where many intakes hand over; they need not be this one's."""
@@ -340,6 +343,7 @@ class Desk:
         plan = self.plan_of(claim.key.attempt)
         key = claim.key.attempt
         loop = asyncio.get_running_loop()
+        reach("intake.stage")
         try:
             with observe.span(observe.SPAN_CHECK, run=key.run, round=key.round, attempt=key.attempt):
                 if incoming.descriptor.length_bytes < INLINE_BYTES:
@@ -372,6 +376,7 @@ class Desk:
         return self._receipt_of(await self.link.claim(claim), claim)
 
     async def _claim(self, claim: Claim) -> ClaimAnswer:
+        reach("intake.claim")
         self._claiming[claim.key] = claim
         try:
             return await self.link.claim(claim)
@@ -381,8 +386,10 @@ class Desk:
     async def _fold(self, attempt: Folding, claim: Claim, incoming: Incoming, metrics: Mapping[str, int]) -> Receipt:
         outcome = Outcome.LET_GO
         try:
+            reach("intake.fold")
             await attempt.fold(claim, incoming.chunks, metrics, self._pool)
             outcome = Outcome.FOLDED
+            reach("intake.folded")
         finally:
             self.link.report(Report(key=claim.key, outcome=outcome))
         return _staged_receipt(claim)

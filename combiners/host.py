@@ -70,6 +70,7 @@ from hierfl.errors import (
     StaleEpoch,
     StorageError,
 )
+from hierfl.failpoints import reach
 from hierfl.pki import Kit, RoleName
 from hierfl.receipts import Reason, Receipt
 from hierfl.types import AttemptKey, ModelHash, RegionId
@@ -353,6 +354,7 @@ class RegionHost:
 
     async def _write_seal(self, instruction: Seal, hand_overs: list[HandOver]) -> str:
         policy, plan = self.settings.policy, instruction.plan
+        reach("region.seal")
         hand_overs = await self._gathered(hand_overs)
         loop = asyncio.get_running_loop()
         sealed = await loop.run_in_executor(
@@ -368,6 +370,7 @@ class RegionHost:
             max_share=policy.max_share,
             updates_root=updates_root(instruction),
         )
+        reach("region.sealed")
         return sealed.digest
 
     async def _gathered(self, hand_overs: list[HandOver]) -> list[HandOver]:
@@ -398,6 +401,7 @@ class RegionHost:
         except StorageError as error:
             logger.error("%d last words could not be written; their clients will ask: %s", len(receipts), error)
             return
+        reach("region.refuse")
         self.reception.deliver(receipts)
 
     # ------------------------------------------------------------ RegionPort

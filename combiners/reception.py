@@ -42,6 +42,7 @@ from combiners.region import Region
 from combiners.settings import RegionSettings
 from combiners.zone import ZoneStore
 from hierfl.endpoints import Endpoint
+from hierfl.failpoints import reach
 from hierfl.pki import Kit
 from hierfl.receipts import Reason, Receipt, ReceiptState
 from hierfl.types import ClientRef, UpdateKey
@@ -150,6 +151,8 @@ class Reception:
             self._shell.apply(*events)
         answers = [await self._answer(incarnation, claim) for claim in tick.claims]
         told = [await self._told(key) for key in tick.asks]
+        if answers:
+            reach("region.claim")
         return TickReply(known=True, answers=tuple(answers), told=tuple(told))
 
     def _connection_events(self, incarnation: str, tick: Tick) -> list[Event]:
@@ -179,6 +182,7 @@ class Reception:
                 key=claim.key, digest=claim.digest, state=ReceiptState.NOT_COUNTED, reason=answer.reason or ""
             )
             await self._shell.on_disk(self._shell.store.record, [refused])
+            reach("region.refuse")
         return await self._known_or(answer)
 
     async def _told(self, key: UpdateKey) -> ClaimAnswer:

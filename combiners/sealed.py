@@ -11,6 +11,7 @@ from pathlib import Path
 
 from hierfl import documents
 from hierfl.errors import StoreDamaged, WireError
+from hierfl.failpoints import reach
 from hierfl.records import PartialHead
 from hierfl.residency import Release
 from hierfl.steadyfile import SteadyFile
@@ -51,6 +52,7 @@ def write_sealed(path: Path, sealed: Sealed) -> None:
         with SteadyFile(temporary) as file:
             write_frames(file, sealed.outgoing.frames())
             file.sync()
+        reach("region.seal.write")
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)

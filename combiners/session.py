@@ -18,6 +18,7 @@ from combiners.trust import accept_offer, accept_record, check_countersignature
 from hierfl import observe
 from hierfl.border import Control, Outcome
 from hierfl.errors import DigestMismatch, HierFLError, IdentityError, Refused, RoundClosed, StaleEpoch, StorageError
+from hierfl.failpoints import reach
 from hierfl.identity import Identity, RoleName
 from hierfl.plan import Plan
 from hierfl.receipts import Reason, ReceiptEvent
@@ -97,6 +98,7 @@ class Session:
             logger.error("an offer is ignored: %s", error)
         else:
             self._inform()
+            reach("region.offer")
             await host.apply_between_seals(OfferTaken(plan=plan, offer=offer.SerializeToString()))
 
     def _abstain_from(self, offer: pb.Offer, reason: Reason) -> None:
@@ -125,10 +127,12 @@ class Session:
         except HierFLError as error:
             logger.error("the verdict on %s is not believed, its updates stay sealed: %s", key, error)
             return
+        reach("region.verdict")
         event = ReceiptEvent.COMMIT if counted else ReceiptEvent.REFUSE
         receipts = await host.on_disk(
             host.store.settle, key, event, version=verdict.model_version, reason=_reason(verdict.reason)
         )
+        reach("region.settled")
         host.reception.deliver(tuple(receipts))
         for base, task in await host.on_disk(host.store.prune, host.settings.keep_partial_bytes):
             host.apply(PartialPruned(base, task))
@@ -180,6 +184,7 @@ class Session:
             logger.error("%s: the sealed partial cannot be sent: %s", key, error)
             host.apply(SealFailed(key, Reason.STORAGE))
             return
+        reach("region.uplink")
         with (
             observe.remote_parent(parent),
             observe.span(
@@ -188,6 +193,7 @@ class Session:
         ):
             span.set(bytes=sealed.outgoing.length_bytes)
             outcome = await self._send(sealed, key, sequence, head)
+        reach("region.acknowledged")
         await self._append(outcome)
         if outcome.result == ACKNOWLEDGED:
             host.apply(PartialAcknowledged(key))

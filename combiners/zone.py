@@ -18,6 +18,7 @@ from combiners.messages import Claim
 from combiners.sealed import Sealed, read_sealed, write_sealed
 from combiners.zonefile import ZoneFile, storage_errors
 from hierfl.errors import StaleEpoch
+from hierfl.failpoints import reach
 from hierfl.receipts import Receipt, ReceiptEvent, ReceiptState, next_receipt
 from hierfl.types import AttemptKey, ClientId, ClientRef, RegionId, RunId, SiteId, TaskKind, UpdateKey
 
@@ -94,6 +95,8 @@ class ZoneStore:
         with storage_errors(path):
             write_sealed(path, sealed)
         try:
+            with storage_errors(path):
+                reach("region.seal.file")
             self._write_seal_rows(sealed, key, claims, receipts, (sites_needed, max_share, updates_root))
         except BaseException:
             path.unlink(missing_ok=True)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hierfl.errors import DiskFull, StaleEpoch, StorageError, StoreDamaged, StoreLocked, StoreTooNew
+from hierfl.failpoints import reach
 from hierfl.types import RegionId
 
 __all__ = ["SCHEMA_VERSION", "ZoneFile", "storage_errors"]
@@ -162,6 +163,7 @@ class ZoneFile:
             try:
                 self._check_epoch()
                 yield self._db
+                reach("region.transaction")
                 self._db.execute("commit")
             except BaseException:
                 if self._db.in_transaction:

@@ -24,6 +24,7 @@ import numpy as np
 
 from hierfl.aggregation import ColumnGroup
 from hierfl.errors import DiskFull, NotFound, StorageError, StoreDamaged, ValueOutOfRange, WireError
+from hierfl.failpoints import reach
 from hierfl.layout import Layout, model_hash
 from hierfl.packing import PackedSums
 from hierfl.steadyfile import SteadyFile
@@ -192,6 +193,7 @@ class Blobs:
                         file.write(part)
                     file.sync()
                 named = name() if callable(name) else name
+                reach("controller.blob")
                 temporary.replace(self._path(kind, named or state.hexdigest()))
                 sync_directory(self._directory / kind)
             finally:
@@ -230,6 +232,7 @@ class ArrivingPartial:
         kind = self._directory / "partials"
         with storage_errors(self._directory):
             self._file.sync()
+            reach("controller.accept")
             self._temporary.replace(kind / digest.partition(":")[2])
             sync_directory(kind)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from controller.blobs import durable_directory, storage_errors, sync_directory
 from hierfl import documents
 from hierfl.errors import IdentityError, StoreDamaged, WireError
+from hierfl.failpoints import reach
 from hierfl.records import CommitRecord
 from hierfl.types import RunId
 
@@ -59,6 +60,7 @@ class Commits:
                     file.write(documents.encode(record))
                     file.flush()
                     os.fsync(file.fileno())
+                reach("controller.link")
                 with suppress(FileExistsError):  # an earlier record stands; a rename would have replaced it
                     (folder / str(version)).hardlink_to(temporary)
                 sync_directory(folder)

@@ -23,6 +23,7 @@ from controller.rows import AttemptRow, RegionRow
 from controller.store import Store
 from hierfl import documents
 from hierfl.errors import CertificateUntrusted, NotFound, RoundClosed, StorageError, WireError
+from hierfl.failpoints import reach
 from hierfl.job import Job
 from hierfl.layout import Layout
 from hierfl.pki import Kit, RoleName, verify, verify_leaf
@@ -157,6 +158,7 @@ class Leader:
             raise WireError(f"leader epoch {request.leader_epoch} is out of range: this controller has {self.epoch}")
         self.registry.check_epoch(region, request.region_epoch, request.store_id)
         row = RegionRow(region=region, region_epoch=request.region_epoch, store_id=request.store_id)
+        reach("controller.write")
         self.store.write(self.epoch, row)
         session = self.registry.attach(region, request.region_epoch, request.store_id)
         self._reconcile(region, {one.digest for one in request.pending})
@@ -260,6 +262,7 @@ class Leader:
             request_id=request_id,
             now_unix_ns=time.time_ns(),
         )
+        reach("controller.write")
         self.store.write(self.epoch, row, committing.first_model(row))
         loop = self.runs[row.run] = RunLoop(self, row)
         self._begin(loop)

@@ -23,6 +23,7 @@ from controller.rows import AnswerRow, AttemptRow, RoundRow, Row, RunRow
 from hierfl import observe
 from hierfl.aggregation import PartialAggregate
 from hierfl.errors import HierFLError, InvalidTransition, RoundClosed, StaleEpoch, StorageError, StoreDamaged
+from hierfl.failpoints import reach
 from hierfl.receipts import Reason
 from hierfl.rounds import (
     Abandon,
@@ -249,6 +250,7 @@ class RunLoop:
         with observe.under(open_.span), observe.span(observe.SPAN_PLAN, num_regions=len(open_.plans)):
             self._write(row, *answers)
             self.open = open_
+            reach("controller.open")
             for region in open_.plans:
                 leader.offer(open_, region)
 
@@ -281,6 +283,7 @@ class RunLoop:
     async def _merge(self, open_: Collection) -> None:
         """Sum, apply, commit, tell."""
         leader, answers = self._leader, open_.counted()
+        reach("controller.merge")
         with observe.under(open_.span):
             with observe.span(observe.SPAN_MERGE, num_partials=len(answers)):
                 total = await asyncio.to_thread(merge_partials, leader.blobs, open_.row, answers, open_.sum)
@@ -291,6 +294,7 @@ class RunLoop:
                     self._commit_model(open_, answers, await self._record(open_, answers, total, made))
                 else:
                     self._commit_metrics(open_, answers, total)
+            reach("controller.announce")
             with observe.span(observe.SPAN_ANNOUNCE, num_regions=len(open_.plans)):
                 self._announce(open_.row.key)
         self._over(open_, outcome="committed")
@@ -300,6 +304,7 @@ class RunLoop:
     ) -> SignedRecord:
         """Create the commit record; the one that stands is returned."""
         leader = self._leader
+        reach("controller.record")
         record = committing.commit_record(
             self.row,
             open_.row,
@@ -310,7 +315,9 @@ class RunLoop:
             leader_epoch=leader.epoch,
             now_unix_ns=time.time_ns(),
         )
-        return await asyncio.to_thread(leader.commits.create, self.row.run, record.version, leader.signed(record))
+        signed = await asyncio.to_thread(leader.commits.create, self.row.run, record.version, leader.signed(record))
+        reach("controller.recorded")
+        return signed
 
     def _commit_model(self, open_: Collection, answers: Sequence[AnswerRow], signed: SignedRecord) -> None:
         seconds = self._leader.clock() - open_.opened_at
@@ -353,6 +360,7 @@ class RunLoop:
         withdrawn = [] if open_ is None else [open_.row.after(AttemptWithdrawn(reason=reason))]
         self._write(run, *withdrawn)
         self.row = run
+        reach("controller.ended")
         self._leader.run_ended()
         if open_ is not None:
             self._send_all(messages.withdrawal(open_.row.key, reason))
@@ -394,4 +402,5 @@ class RunLoop:
         return self._leader.store.attempts(run.run, TaskKind.EVALUATE, rounds + 1)
 
     def _write(self, *rows: Row) -> None:
+        reach("controller.write")
         self._leader.store.write(self._leader.epoch, *rows)

@@ -19,6 +19,7 @@ from controller.merge import check_head
 from controller.rows import AnswerRow
 from hierfl import documents
 from hierfl.errors import HierFLError, RegionRejected, RoundClosed, WireError
+from hierfl.failpoints import reach
 from hierfl.packing import PackedSums
 from hierfl.plan import Plan
 from hierfl.receipts import Reason
@@ -151,6 +152,7 @@ async def _take(leader: Leader, open_: Collection, region: RegionId, arrival: Ar
     except (WireError, RegionRejected) as error:
         raise _refusal(leader, open_.row.key, region, error) from None
     blob = await asyncio.to_thread(arrival.keep)
+    reach("controller.accepted")
     answer = AnswerRow(
         run=open_.row.run,
         task=open_.row.task,
@@ -164,6 +166,7 @@ async def _take(leader: Leader, open_: Collection, region: RegionId, arrival: Ar
         size_bytes=sum(map(len, arrival.incoming.frames)),
     )
     leader.run(open_.row.run).answer(open_, answer)
+    reach("controller.answered")
     if open_.answers[region] is answer:
         open_.sum.begin(answer, packed)
     return open_.answers[region]

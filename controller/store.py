@@ -17,6 +17,7 @@ from controller.blobs import durable_directory
 from controller.rows import AnswerRow, AttemptRow, ModelRow, RegionRow, RoundRow, Row, RunRow
 from hierfl import documents
 from hierfl.errors import DiskFull, StaleEpoch, StorageError, StoreDamaged, StoreLocked, StoreTooNew, WireError
+from hierfl.failpoints import reach
 from hierfl.types import AttemptKey, RunId, TaskKind
 
 __all__ = ["SCHEMA_VERSION", "SqliteStore", "Store"]
@@ -186,6 +187,7 @@ class SqliteStore:
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield
+                reach("controller.transaction")
                 self._db.execute("COMMIT")
             except BaseException:
                 if self._db.in_transaction:

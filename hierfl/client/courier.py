@@ -10,6 +10,7 @@ from hierfl import observe
 from hierfl.client.held import Held
 from hierfl.client.link import Link, Waits
 from hierfl.errors import DigestMismatch, RoundClosed, TransferIncomplete, Unreachable
+from hierfl.failpoints import reach
 from hierfl.receipts import Receipt, ReceiptState
 from hierfl.records import UPDATE_CONTEXT, update_statement
 from hierfl.types import AttemptKey, UpdateKey
@@ -63,6 +64,7 @@ class Courier:
                 client=key.client.client,
                 bytes=outgoing.length_bytes,
             ):
+                reach("client.send")
                 signature = self._link.kit.sign(statement, UPDATE_CONTEXT)  # with the key of this connection
                 return await self._send(held, outgoing, signature)
 

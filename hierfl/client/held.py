@@ -24,6 +24,7 @@ from safetensors.numpy import load_file, save
 from hierfl import documents
 from hierfl.client.files import make_folder, write_durably
 from hierfl.errors import StoreDamaged, WireError
+from hierfl.failpoints import reach
 from hierfl.plan import Plan
 from hierfl.receipts import ReceiptState
 from hierfl.records import UpdateHead
@@ -128,6 +129,7 @@ class HeldUpdates:
             DiskFull, StorageError: Nothing is held; nothing half-written remains.
         """
         values, residual = self._path(held.work, ".values"), self.residual(held.work)
+        reach("client.hold")
         try:
             write_durably(values, (_bytes_of(vectors[spec.name]) for spec in held.vectors))
             if left_out is not None:

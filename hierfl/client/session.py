@@ -40,6 +40,7 @@ from hierfl.errors import (
     StoreDamaged,
     WireError,
 )
+from hierfl.failpoints import reach
 from hierfl.pki import Kit
 from hierfl.plan import Plan, task_seed
 from hierfl.receipts import Reason, Receipt, ReceiptState
@@ -215,6 +216,8 @@ class Session:
             return
         if held.state is ReceiptState.SEALED and not state.is_last_word:
             return  # overtaken on its way
+        if state.is_last_word:
+            reach("client.receipt")
         where = round_of(held.key)
         if state is ReceiptState.COMMITTED:
             self.say(f"{where}: counted in model version {receipt.version}")

@@ -1,0 +1,83 @@
+"""Named points at the steps that can fail, where a test makes a process die, freeze or meet a disk's error.
+
+Only tests arm them: ``HIERFL_FAILPOINTS`` in a process's environment names a folder, and a file there with the name
+of a point says what happens to whoever reaches it first. That one takes the file away (``POINT.PID`` stands in its
+place), so one file does one harm. Without the variable a point is one comparison.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+__all__ = ["ACTIONS", "POINTS", "VARIABLE", "reach"]
+
+VARIABLE = "HIERFL_FAILPOINTS"
+ACTIONS = ("kill", "freeze", "EIO", "ENOSPC")
+"""What a file may say: SIGKILL, SIGSTOP, or an ``OSError`` with this number."""
+
+POINTS: Mapping[str, str] = MappingProxyType(
+    {
+        "client.hold": "an update is made, and not on the site's disk yet",
+        "client.send": "an update is on the site's disk, and nothing of it is sent yet",
+        "client.receipt": "a last word has come, and is not acted upon yet",
+        "intake.stage": "an update is there whole, and not checked yet",
+        "intake.claim": "an update is checked, and not claimed yet",
+        "intake.fold": "a claim is granted, and nothing is folded yet",
+        "intake.folded": "an update is in the sum, and the Region has not heard",
+        "intake.hand_over": "the sums are ready, and not handed over yet",
+        "region.offer": "a plan is accepted, and nothing is done about it yet",
+        "region.claim": "claims are answered, and the intake has not heard",
+        "region.refuse": "a refusal for good is durable, and nobody has heard",
+        "region.seal": "all sums are handed over, and nothing is sealed yet",
+        "region.seal.write": "the partial is written, and its name is not in place yet",
+        "region.seal.file": "the partial's file is durable, its rows are not written yet",
+        "region.transaction": "the rows of a change are written, and not committed yet",
+        "region.sealed": "the seal is durable, and nobody has heard",
+        "region.uplink": "the ledger's row is durable, and nothing has left yet",
+        "region.acknowledged": "the controller has the partial, and the ledger does not say so yet",
+        "region.verdict": "a verdict is believed, and not written yet",
+        "region.settled": "last words are durable, and no client has heard",
+        "controller.open": "an attempt is durable, and no region has been offered it",
+        "controller.accept": "a partial is there whole, and not durable yet",
+        "controller.accepted": "a partial's bytes are durable, its row is not",
+        "controller.answered": "a partial's row is durable, and its region has not heard",
+        "controller.merge": "a round is closed, and nothing is merged yet",
+        "controller.blob": "a blob is written, and its name is not in place yet",
+        "controller.record": "the next model is durable, its commit record is not there yet",
+        "controller.link": "a commit record is written, and its name is not in place yet",
+        "controller.recorded": "the commit record is there, the rows do not say so yet",
+        "controller.write": "a change is decided, and nothing of it is written",
+        "controller.transaction": "the rows of a change are written, and not committed yet",
+        "controller.announce": "a round is committed, and nobody has heard",
+        "controller.ended": "a run has ended, and nobody has heard",
+    }
+)
+"""Every point, and what stands and what does not when it is reached."""
+
+_folder = os.environ.get(VARIABLE)
+
+
+def reach(point: str) -> None:
+    """Say that this step is reached. Raises ``OSError`` where a test says so."""
+    if _folder is not None:
+        _obey(Path(_folder, point))
+
+
+def _obey(order: Path) -> None:
+    taken = order.with_name(f"{order.name}.{os.getpid()}")
+    try:
+        order.rename(taken)
+    except FileNotFoundError:
+        return
+    match taken.read_text().strip():
+        case "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "freeze":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        case action:
+            raise OSError(getattr(errno, action), os.strerror(getattr(errno, action)), str(order))
