@@ -55,6 +55,7 @@ from combiners.messages import (
 from combiners.models import ModelShelf
 from combiners.reception import Reception
 from combiners.region import Region
+from combiners.residuals import Carried
 from combiners.sealing import make_sealed, updates_root
 from combiners.session import Session
 from combiners.settings import RegionSettings
@@ -72,6 +73,7 @@ from hierfl.errors import (
 )
 from hierfl.failpoints import reach
 from hierfl.pki import Kit, RoleName
+from hierfl.plan import Plan
 from hierfl.receipts import Reason, Receipt
 from hierfl.types import AttemptKey, ModelHash, RegionId
 from hierfl.wire import hierfl_pb2 as pb
@@ -357,8 +359,9 @@ class RegionHost:
         reach("region.seal")
         hand_overs = await self._gathered(hand_overs)
         loop = asyncio.get_running_loop()
-        sealed = await loop.run_in_executor(
-            self._kernels, make_sealed, instruction, hand_overs, policy, self.name, self.store.region_epoch
+        carried = await self._carried(plan)
+        sealed, left_over = await loop.run_in_executor(
+            self._kernels, make_sealed, instruction, hand_overs, policy, self.name, self.store.region_epoch, carried
         )
         await self.on_disk(
             self.store.write_seal,
@@ -369,9 +372,17 @@ class RegionHost:
             sites_needed=policy.sites_needed(plan),
             max_share=policy.max_share,
             updates_root=updates_root(instruction),
+            left_over=left_over,
         )
         reach("region.sealed")
         return sealed.digest
+
+    async def _carried(self, plan: Plan) -> Carried | None:
+        """What the run's sums left over when they were rounded, once the words that move it have been taken in."""
+        if not plan.drop_bits:
+            return None
+        await self.session.settled(plan.run)
+        return await self.on_disk(self.store.residuals.carried, plan)
 
     async def _gathered(self, hand_overs: list[HandOver]) -> list[HandOver]:
         """The sums, here; of many intakes only once these have added them up to a few."""

@@ -41,6 +41,10 @@ class LedgerBook:
             max_share=share,
             metrics=tuple(sorted(head.metrics)),
             updates_root=root,
+            exact_in_two_tiers=not head.drop_bits,
+            drop_bits=head.drop_bits,
+            carried=head.carried,
+            left_over=head.left_over,
         )
 
     def append(self, entry: Crossing | Outcome | Control, key: ed25519.Ed25519PrivateKey) -> tuple[int, str]:

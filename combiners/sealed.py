@@ -19,7 +19,7 @@ from hierfl.wire.framefile import read_frames, write_frames
 from hierfl.wire.packed import expect_partial, outgoing_partial
 from hierfl.wire.transfer import Outgoing
 
-__all__ = ["Sealed", "read_sealed", "seal", "write_sealed"]
+__all__ = ["Sealed", "read_sealed", "seal", "write_sealed", "write_transfer"]
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,17 @@ def seal(release: Release, layout_hash: str) -> Sealed:
 
 
 def write_sealed(path: Path, sealed: Sealed) -> None:
-    """Write the file whole or not at all: temporary name, fsync, rename, fsync of the folder."""
+    """Write the file, whole or not at all."""
+    write_transfer(path, sealed.outgoing)
+
+
+def write_transfer(path: Path, outgoing: Outgoing) -> None:
+    """Write a file of frames whole or not at all: temporary name, fsync, rename, fsync of the folder."""
     temporary = path.with_suffix(".tmp")
     temporary.unlink(missing_ok=True)
     try:
         with SteadyFile(temporary) as file:
-            write_frames(file, sealed.outgoing.frames())
+            write_frames(file, outgoing.frames())
             file.sync()
         reach("region.seal.write")
         temporary.replace(path)

@@ -1,4 +1,4 @@
-"""From what the intakes handed over to sealed bytes: add up, pass the residency gate, encode. No I/O.
+"""From what the intakes handed over to sealed bytes: add up, round, pass the residency gate, encode. No I/O.
 
 The kernels release the GIL; the host calls this in a thread.
 """
@@ -12,9 +12,11 @@ from combiners.events import Seal
 from combiners.merging import checked_sums
 from combiners.messages import HandOver
 from combiners.region import contribution
+from combiners.residuals import Carried, LeftOver, left_over_of
 from combiners.sealed import Sealed, seal
 from hierfl.aggregation import Accumulator, PartialAggregate
 from hierfl.border import merkle_root
+from hierfl.feedback import round_off
 from hierfl.plan import Plan
 from hierfl.records import update_statement
 from hierfl.residency import ZonePolicy, release
@@ -24,26 +26,48 @@ __all__ = ["make_sealed", "updates_root"]
 
 
 def make_sealed(
-    instruction: Seal, hand_overs: Sequence[HandOver], policy: ZonePolicy, region: RegionId, region_epoch: int
-) -> Sealed:
-    """Add up what was handed over and encode the sum.
+    instruction: Seal,
+    hand_overs: Sequence[HandOver],
+    policy: ZonePolicy,
+    region: RegionId,
+    region_epoch: int,
+    carried: Carried | None = None,
+) -> tuple[Sealed, LeftOver | None]:
+    """Add up what was handed over, round it where the plan says so, and encode the sum.
 
+    Args:
+        instruction: Of the Region.
+        hand_overs: Of all incarnations that it names.
+        policy: The zone's rule.
+        region: Whose sum it is.
+        region_epoch: Of the Region that seals.
+        carried: What earlier rounds left over, if sums are rounded; ``None``: nothing, and nothing is kept this time.
+    Returns:
+        The sealed bytes, and what rounding left over, to be stored with them.
     Raises:
         ResidencyError: It may not leave.
         ValueOutOfRange, LayoutMismatch: An intake handed over what its claims cannot have made.
     """
     claims = [claim for entries in instruction.entries.values() for claim in entries]
-    num_sites = len({claim.key.client.site for claim in claims})
+    num_sites, plan = len({claim.key.client.site for claim in claims}), instruction.plan
+    partial, left_over = _add_up(plan, hand_overs, num_sites), None
+    if plan.drop_bits:
+        rounded = round_off(partial, plan.drop_bits, carried.sums if carried else None)
+        partial = rounded.partial
+        if carried is not None:
+            left_over = left_over_of(plan.base.layout_hash, plan.task.groups, rounded.left_over)
     exportable = release(
-        _add_up(instruction.plan, hand_overs, num_sites),
+        partial,
         policy=policy,
-        plan=instruction.plan,
+        plan=plan,
         region=region,
         contributions=[contribution(claim) for claim in claims],
         region_epoch=region_epoch,
         seal_id=instruction.seal_id,
+        carried=carried.digest if carried else "",
+        left_over=left_over.digest if left_over else "",
     )
-    return seal(exportable, instruction.plan.base.layout_hash)
+    return seal(exportable, plan.base.layout_hash), left_over
 
 
 def _add_up(plan: Plan, hand_overs: Sequence[HandOver], num_sites: int) -> PartialAggregate:

@@ -24,7 +24,7 @@ from hierfl.plan import Plan
 from hierfl.receipts import Reason, ReceiptEvent
 from hierfl.records import CommitRecord
 from hierfl.residency import objection_to_resending
-from hierfl.types import AttemptKey, TaskKind
+from hierfl.types import AttemptKey, RunId, TaskKind
 from hierfl.wire import hierfl_pb2 as pb
 from hierfl.wire.convert import key_from_proto, key_to_proto
 
@@ -38,6 +38,9 @@ __all__ = ["Session"]
 logger = logging.getLogger(__name__)
 
 ACKNOWLEDGED = "acknowledged"
+ENDS_RUN = (Reason.RUN_CANCELLED, Reason.RUN_FAILED)
+SETTLE_S = 10.0
+"""A sum that is to be rounded waits for so long for a verdict on an earlier one that is being settled."""
 INFORMED_S = 2.0
 """Seconds after attaching within which the controller has sent every open offer."""
 
@@ -50,6 +53,7 @@ class Session:
         self._destination = Identity(federation=host.kit.identity.federation, role=RoleName.CONTROLLER).uri
         self.is_informed = False
         """Whether the controller has said, since this start, which attempts are open."""
+        self._settling: dict[asyncio.Task[None], RunId] = {}
 
     # ------------------------------------------------------------ UplinkEvents
 
@@ -105,7 +109,10 @@ class Session:
         self._host.spawn(self.abstain(key_from_proto(offer.key), reason))
 
     async def withdrawn(self, withdrawal: pb.Withdrawal) -> None:
-        await self._host.apply_between_seals(AttemptOver(key_from_proto(withdrawal.key), _reason(withdrawal.reason)))
+        key, reason = key_from_proto(withdrawal.key), _reason(withdrawal.reason)
+        await self._host.apply_between_seals(AttemptOver(key, reason))
+        if reason in ENDS_RUN:
+            await self._host.on_disk(self._host.store.residuals.forget, key.run)
 
     async def judged(self, verdict: pb.Verdict) -> None:
         """The last word on an attempt. What was sealed for it is settled once the new model is verified."""
@@ -116,7 +123,16 @@ class Session:
             logger.error("a verdict is ignored: %s", error)
             return
         await host.apply_between_seals(AttemptOver(key_from_proto(verdict.key), _reason(verdict.reason)))
-        host.spawn(self._settle(verdict))
+        run = RunId(verdict.key.run)
+        task = host.spawn(self._settle(verdict))
+        self._settling[task] = run
+        task.add_done_callback(self._settling.pop)
+
+    async def settled(self, run: RunId) -> None:
+        """Wait until the verdicts that came on this run are settled, but not for ever: a model may have to come."""
+        tasks = [task for task, of in self._settling.items() if of == run]
+        if tasks:
+            await asyncio.wait(tasks, timeout=SETTLE_S)
 
     async def _settle(self, verdict: pb.Verdict) -> None:
         host, key = self._host, key_from_proto(verdict.key)
@@ -134,6 +150,8 @@ class Session:
         )
         reach("region.settled")
         host.reception.deliver(tuple(receipts))
+        if key.task is TaskKind.EVALUATE or _reason(verdict.reason) in ENDS_RUN:  # an evaluation is a run's last round
+            await host.on_disk(host.store.residuals.forget, key.run)
         for base, task in await host.on_disk(host.store.prune, host.settings.keep_partial_bytes):
             host.apply(PartialPruned(base, task))
 

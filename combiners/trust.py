@@ -12,14 +12,13 @@ from cryptography import x509
 
 from hierfl import documents
 from hierfl.border import head_statement
-from hierfl.errors import CertificateUntrusted, PolicyRefused, RequirementUnknown, StaleEpoch, WireError
+from hierfl.errors import CertificateUntrusted, PolicyRefused, StaleEpoch, WireError
 from hierfl.identity import Identity, RoleName
 from hierfl.pki import TrustStore, verify, verify_leaf
 from hierfl.plan import PLAN_CONTEXT, Plan, plan_statement
 from hierfl.records import COMMIT_CONTEXT, LEDGER_HEAD_CONTEXT, CommitRecord
 from hierfl.wire import hierfl_pb2 as pb
 from hierfl.wire.convert import key_from_proto
-from hierfl.wire.packed import PACKED
 
 __all__ = ["accept_offer", "accept_record", "check_countersignature"]
 
@@ -40,10 +39,7 @@ def accept_offer(offer: pb.Offer, own: Identity, trust: TrustStore, known_epoch:
     plan = Plan.from_bytes(offer.plan)
     if key_from_proto(offer.key) != plan.key:
         raise WireError(f"the offer's key is not its plan's, {plan.key}")
-    if plan.partial_encoding != PACKED:
-        raise RequirementUnknown(
-            f"the plan asks for sums encoded as {plan.partial_encoding[:40]!r}, unknown to this release; upgrade hierfl"
-        )
+    _ = plan.drop_bits
     if (plan.federation, plan.region) != (own.federation, own.region):
         raise PolicyRefused(f"the plan is for region {plan.region} of {plan.federation}, this is {own}")
     return plan

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from combiners.ledger import LedgerBook
 from combiners.messages import Claim
+from combiners.residuals import LeftOver, ResidualBook
 from combiners.sealed import Sealed, read_sealed, write_sealed
 from combiners.zonefile import ZoneFile, storage_errors
 from hierfl.errors import StaleEpoch
@@ -46,6 +47,7 @@ class ZoneStore:
         self._newest: Sealed | None = None
         """What was sealed last, until it is first sent."""
         self.ledger = LedgerBook(self._file)
+        self.residuals = ResidualBook(self._file, self._blobs)
         self.region_epoch, self.store_id = self._file.region_epoch, self._file.store_id
 
     def close(self) -> None:
@@ -84,22 +86,25 @@ class ZoneStore:
         sites_needed: int,
         max_share: float,
         updates_root: str,
+        left_over: LeftOver | None = None,
     ) -> None:
-        """Make a seal durable: first the file, then one transaction with everything that goes with it.
+        """Make a seal durable: first the files, then one transaction with everything that goes with it.
 
         Raises:
             DiskFull: No space; nothing of the seal remains.
             StaleEpoch: A newer Region has the store.
         """
         path = self._blob(sealed.digest)
-        with storage_errors(path):
-            write_sealed(path, sealed)
         try:
+            if left_over is not None:
+                self.residuals.write(left_over)
             with storage_errors(path):
+                write_sealed(path, sealed)
                 reach("region.seal.file")
             self._write_seal_rows(sealed, key, claims, receipts, (sites_needed, max_share, updates_root))
         except BaseException:
             path.unlink(missing_ok=True)
+            self.residuals.sweep()
             raise
         self._newest = sealed
 
@@ -123,6 +128,7 @@ class ZoneStore:
                 ),
             )
             database.execute("insert into addresses values (?, ?, ?, ?, ?, 0)", (*_attempt_row(key), head.seal_id))
+            self.residuals.note(database, head)
             for receipt in receipts:
                 self._put_receipt(database, receipt, now, head.seal_id, by_client[receipt.key])
 
@@ -161,7 +167,8 @@ class ZoneStore:
 
         A verdict is on a round; which attempt it names, of those that the partial was addressed to, is all one: a
         later attempt may have been committed before this region heard of it. The receipts belong to the run that
-        collected them; a verdict of another run that got the same bytes leaves them as they are.
+        collected them; a verdict of another run that got the same bytes leaves them as they are. What rounding left
+        over becomes the run's with the same transaction, if the partial was counted.
         """
         with self._file.transaction() as database:
             row = database.execute(
@@ -172,6 +179,8 @@ class ZoneStore:
             if row is None:
                 return []
             database.execute("update addresses set is_judged = 1 where seal_id = ? and run = ?", (row[0], key.run))
+            if event is ReceiptEvent.COMMIT:
+                self.residuals.advance(database, key.run, row[0])
             return self._settle_seal(database, row[0], event, version, reason) if row[1] == key.run else []
 
     def _settle_seal(
@@ -189,20 +198,25 @@ class ZoneStore:
         return settled
 
     def prune(self, keep_bytes: int) -> list[tuple[str, str]]:
-        """Remove the bytes of judged partials, the newest ``keep_bytes`` of them stay; says of which (base, task)."""
+        """Remove the bytes of judged partials, the newest ``keep_bytes`` of them stay; says of which (base, task).
+
+        What rounding left over counts with them, and goes with them unless a run has it.
+        """
         judged = self._file.rows(
-            "select digest, base_model_hash, task_hash from partials where is_kept and not exists"
+            "select digest, base_model_hash, task_hash, coalesce(left_over, '') from partials"
+            " left join residuals using (seal_id) where is_kept and not exists"
             " (select 1 from addresses a where a.seal_id = partials.seal_id and not a.is_judged)"
             " order by sealed_unix_ns desc"
         )
-        sizes = itertools.accumulate(self._size(digest) for digest, _, _ in judged)
-        rows = [row for row, total in zip(judged, sizes, strict=True) if total > keep_bytes]
+        sizes = itertools.accumulate(self._size(row[0]) + self.residuals.size(row[3]) for row in judged)
+        rows = [row[:3] for row, total in zip(judged, sizes, strict=True) if total > keep_bytes]
         if not rows:
             return []
         with self._file.transaction() as database:
             database.executemany("update partials set is_kept = 0 where digest = ?", [(row[0],) for row in rows])
         for digest, _, _ in rows:
             self._blob(digest).unlink(missing_ok=True)
+        self.residuals.sweep()
         return [(base, task) for _, base, task in rows]
 
     def _size(self, digest: str) -> int:

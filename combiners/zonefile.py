@@ -21,7 +21,7 @@ from hierfl.types import RegionId
 
 __all__ = ["SCHEMA_VERSION", "ZoneFile", "storage_errors"]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 _SCHEMA = """
 create table meta (name text primary key, value text not null) strict, without rowid;
@@ -60,6 +60,22 @@ create table ledger (
     sequence integer primary key, data blob not null, signature blob not null
 ) strict;
 """
+
+_RESIDUALS = """
+create table residuals (
+    seal_id text primary key references partials,
+    carried text not null,
+    left_over text not null
+) strict;
+create table carried (
+    run text primary key,
+    digest text not null,
+    moved_unix_ns integer not null
+) strict, without rowid;
+"""
+
+_ADDED = {2: _RESIDUALS}
+"""By schema version, what it has beyond the one before."""
 
 
 @contextmanager
@@ -129,6 +145,7 @@ class ZoneFile:
         with self.transaction():
             if version == 0:
                 self._create()
+            self._upgrade(version)
             owner = f"{self.federation}/{self.region}"
             if self.meta("owner") != owner:
                 raise StoreDamaged(f"{self._path} belongs to {self.meta('owner')}, this combiner is {owner}")
@@ -139,7 +156,6 @@ class ZoneFile:
     def _create(self) -> None:
         for statement in _SCHEMA.split(";"):
             self._db.execute(statement)
-        self._db.execute(f"pragma user_version = {SCHEMA_VERSION}")
         meta = {
             "owner": f"{self.federation}/{self.region}",
             "store_id": uuid.uuid4().hex,
@@ -147,6 +163,12 @@ class ZoneFile:
             "leader_epoch": "0",
         }
         self._db.executemany("insert into meta values (?, ?)", meta.items())
+
+    def _upgrade(self, version: int) -> None:
+        for added in range(max(version, 1) + 1, SCHEMA_VERSION + 1):
+            for statement in _ADDED[added].split(";"):
+                self._db.execute(statement)
+        self._db.execute(f"pragma user_version = {SCHEMA_VERSION}")
 
     def close(self) -> None:
         """Let go of the store; a second time does nothing."""

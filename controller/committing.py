@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from controller.commits import SignedRecord
 from controller.merge import NextModel
-from controller.planning import BYTES_PER_VALUE
+from controller.planning import BYTES_PER_VALUE, partial_encoding
 from controller.rows import AnswerRow, AttemptRow, ModelRow, RegionShare, RoundRow, Row, RunRow
 from hierfl.aggregation import PartialAggregate
 from hierfl.errors import StoreDamaged
@@ -53,6 +53,7 @@ def commit_record(
         committed_unix_ns=now_unix_ns,
         updates=attempt.spec.encoding.name,
         model_digest=made.model_digest,
+        partial_encoding=partial_encoding(run, attempt.task),
     )
 
 

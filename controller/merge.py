@@ -47,6 +47,8 @@ def check_head(plan: Plan, region: RegionId, head: PartialHead) -> None:
         raise RegionRejected(f"the partial of {region} answers another task, or starts from another model")
     if head.num_sites < plan.k or head.num_updates < plan.min_clients:
         raise RegionRejected(f"the partial of {region} is over {head.num_sites} sites, fewer than the plan asks for")
+    if head.drop_bits != plan.drop_bits:
+        raise RegionRejected(f"the partial of {region} is rounded by {head.drop_bits} bits, the plan says otherwise")
     if head.groups != plan.task.groups:
         raise LayoutMismatch(f"the partial of {head.region} has other column groups than the plan")
     check_metric_sums(plan.task.metrics, head.metrics, head.num_updates)
@@ -56,7 +58,7 @@ def check_head(plan: Plan, region: RegionId, head: PartialHead) -> None:
 def merge_partials(
     blobs: Blobs, attempt: AttemptRow, answers: Sequence[AnswerRow], running: RunningSum | None = None
 ) -> PartialAggregate:
-    """The exact sum over the regions' partials: what ``running`` has of them, and the rest from their blobs.
+    """The sum over the regions' partials: what ``running`` has of them, and the rest from their blobs.
 
     Raises:
         StoreDamaged: A stored partial is not what was accepted.

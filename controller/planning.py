@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from controller.budget import check_budget
 from controller.rows import AttemptRow, RunRow
-from hierfl import encodings, strategies
+from hierfl import encodings, rounding, strategies
 from hierfl.encodings import EncodingSpec
 from hierfl.errors import ConfigError
 from hierfl.job import Job
@@ -26,6 +26,7 @@ __all__ = [
     "BYTES_PER_VALUE",
     "new_attempt",
     "new_run",
+    "partial_encoding",
     "plan_for",
     "run_id",
     "run_view",
@@ -77,6 +78,7 @@ def new_run(
         )
     groups = strategy.column_groups(layout, max_abs=caps.max_abs, total_weight=caps.total_weight)
     encodings.length_bytes(encodings.get(job.updates.encoding, job.updates.options), groups)
+    rounding.require_room(groups, caps.total_weight, len(regions), job.partials.drop_bits)
     check_budget(job, strategy, layout, len(regions))
     return RunRow(
         run=run,
@@ -84,7 +86,7 @@ def new_run(
         job=job,
         regions=tuple(regions),
         groups=groups,
-        exact_in_two_tiers=strategy.exact_in_two_tiers,
+        exact_in_two_tiers=strategy.exact_in_two_tiers and not job.partials.drop_bits,
         layout_hash=layout.hash,
         num_params=layout.num_params,
         submitted_unix_ns=now_unix_ns,
@@ -154,7 +156,13 @@ def plan_for(run: RunRow, attempt: AttemptRow, region: RegionId, federation: str
         min_clients=run.job.round.min_clients,
         report_timeout_s=run.job.round.report_timeout_s,
         hold_s=run.job.round.hold_s,
+        partial_encoding=partial_encoding(run, attempt.task),
     )
+
+
+def partial_encoding(run: RunRow, task: TaskKind) -> str:
+    """How the sums of a task cross the border; an evaluation has only metrics, which are exact."""
+    return rounding.encoding_name(run.job.partials.drop_bits if task is TaskKind.TRAIN else 0)
 
 
 def run_view(run: RunRow, attempts: int, regions: tuple[RegionView, ...], *, retry_due: bool) -> RunView:

@@ -108,7 +108,7 @@ class Arrival:
                 return
             self.head = documents.decode(self.incoming.meta, PartialHead, "partial head")
             check_head(self._plan, self._region, self.head)
-            self._bounds = BoundsCheck(blocks, self.head.weight, self.head.num_updates)
+            self._bounds = BoundsCheck(blocks, self.head.weight, self.head.num_updates, self.head.drop_bits)
             self._bounds.feed(NO_WORDS)
         words = self.incoming.chunks[WORDS]
         for piece in words[self._seen :]:

@@ -2,6 +2,9 @@
 
 What it counts is what a caller says in the end: a partial that was added and is not to be counted makes it begin
 again from the blobs, and so does whatever failed. Integers: the bits are the same either way.
+
+Where the regions rounded their sums, they are added as they came, and brought back to the units of exact ones at the
+end: all partials of an attempt are rounded alike.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from collections.abc import Callable, Sequence
 from controller.rows import AnswerRow
 from hierfl.aggregation import Accumulator, ColumnGroup, PartialAggregate
 from hierfl.errors import StoreDamaged
+from hierfl.feedback import restored
 from hierfl.packing import PackedSums
 
 __all__ = ["RunningSum"]
@@ -63,7 +67,8 @@ class RunningSum:
                 for answer in answers:
                     if answer.digest not in self._added:
                         self._add(answer, read(_partial(answer).blob, self._groups))
-                return self._open().partial(sum(self._added.values()))
+                total = self._open().partial(sum(self._added.values()))
+                return restored(total, _drop_bits(answers), len(answers))
             finally:
                 self._forget()
 
@@ -85,6 +90,10 @@ class RunningSum:
     def _forget(self) -> None:
         self._waiting.clear()
         self._total, self._added = None, {}
+
+
+def _drop_bits(answers: Sequence[AnswerRow]) -> int:
+    return next((answer.head.drop_bits for answer in answers if answer.head is not None), 0)
 
 
 def _partial(answer: AnswerRow) -> AnswerRow:

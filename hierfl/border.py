@@ -70,6 +70,14 @@ class Crossing:
     metrics: tuple[str, ...]
     updates_root: str
     """Merkle root over the clients' signed statements, for an auditor inside the zone."""
+    exact_in_two_tiers: bool = True
+    """Whether the sums are exact; else they are rounded, and what is made of them is approximate across regions."""
+    drop_bits: int = 0
+    """How far they are rounded (``hierfl/rounding.py``)."""
+    carried: str = ""
+    """Digest of what rounding left over of earlier sums of the run, and is in these."""
+    left_over: str = ""
+    """Digest of what rounding left over of these: exact sum + carried = sum * 2**drop_bits + left over."""
 
 
 @dataclass(frozen=True, kw_only=True)

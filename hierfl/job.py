@@ -11,7 +11,20 @@ from typing import Any
 
 from hierfl.errors import ConfigError
 
-__all__ = ["Arithmetic", "Job", "JobHead", "ModelChoice", "RoundRules", "StrategyChoice", "UpdateChoice"]
+__all__ = [
+    "MAX_DROP_BITS",
+    "Arithmetic",
+    "Job",
+    "JobHead",
+    "ModelChoice",
+    "PartialChoice",
+    "RoundRules",
+    "StrategyChoice",
+    "UpdateChoice",
+]
+
+MAX_DROP_BITS = 32
+"""With the usual 32 fraction bits: to whole units of a value times its weight."""
 
 
 def _require(key: str, value: float, ok: bool, rule: str) -> None:
@@ -65,6 +78,20 @@ class UpdateChoice:
 
     encoding: str = "float32"
     options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartialChoice:
+    """``[partials]``: how the regions' sums cross their borders."""
+
+    drop_bits: int = 0
+    """Bits that each region rounds away from its sums, what is left over going into its next round; 0: exact. Any other
+    makes the run approximate across regions, and says so."""
+
+    def __post_init__(self) -> None:
+        _require(
+            "partials.drop_bits", self.drop_bits, 0 <= self.drop_bits <= MAX_DROP_BITS, f"must be 0 to {MAX_DROP_BITS}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +161,7 @@ class Job:
     model: ModelChoice = field(default_factory=ModelChoice)
     strategy: StrategyChoice = field(default_factory=StrategyChoice)
     updates: UpdateChoice = field(default_factory=UpdateChoice)
+    partials: PartialChoice = field(default_factory=PartialChoice)
     round: RoundRules = field(default_factory=RoundRules)
     arithmetic: Arithmetic = field(default_factory=Arithmetic)
     app: Mapping[str, Any] = field(default_factory=dict)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hierfl import kernels_finish, kernels_packing
+from hierfl import kernels_finish, kernels_packing, kernels_rounding
 from hierfl.kernels_build import build
 from hierfl.types import Float32Array, Int64Array
 
@@ -194,13 +194,14 @@ def active() -> Kernels:
 
 
 def warm_up() -> bool:
-    """Compile the kernels, also those of packing and finishing, or load them from numba's cache, and use them.
+    """Compile the kernels, also those of packing, rounding and finishing, or load them from numba's cache; use them.
 
     Returns whether they are compiled: False where numba is not installed, and NumPy's form goes on.
     """
     global _active  # noqa: PLW0603 -- set once, when a server starts
     kernels_packing.warm_up()
     kernels_finish.warm_up()
+    kernels_rounding.warm_up()
     kernels = compiled()
     _active = kernels or NUMPY
     return kernels is not None

@@ -19,7 +19,7 @@ from functools import cached_property
 import numpy as np
 
 from hierfl import kernels_packing as kernels
-from hierfl import parallel
+from hierfl import parallel, rounding
 from hierfl.columns import MAX_SUM, ColumnGroup, GroupKind
 from hierfl.errors import LayoutMismatch, ValueOutOfRange
 from hierfl.kernels_packing import BLOCK, LANES, MAX_WIDTH, UInt8Array, UInt64Array
@@ -83,11 +83,14 @@ def max_words(columns: Iterable[Column]) -> int:
     return sum(-(-column.group.num_values // LANES) * LANES for column in columns)
 
 
-def most_bytes(groups: Iterable[ColumnGroup], weight: int) -> int:
-    """The most that sums of updates of so much ``weight`` can take, whatever they are: widths, references, words."""
+def most_bytes(groups: Iterable[ColumnGroup], weight: int, drop_bits: int = 0) -> int:
+    """The most that sums of updates of so much ``weight`` can take, whatever they are: widths, references, words.
+
+    ``drop_bits``: how far they are rounded (``hierfl/rounding.py``).
+    """
     columns, widths = columns_of(groups), []
     for column in columns:
-        bound = column.group.max_q * weight
+        bound = rounding.largest_sum(column.group, weight, drop_bits)
         if column.group.kind is GroupKind.WIDE:
             bound = bound >> 64 if column.half == 0 else MAX_SUM
         widths.append(np.full(column.num_blocks, min((2 * bound + 1).bit_length(), MAX_WIDTH), np.uint8))

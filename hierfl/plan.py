@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from hierfl import documents, encodings
+from hierfl import documents, encodings, rounding
 from hierfl.aggregation import ColumnGroup
 from hierfl.encodings import Encoding, EncodingSpec
 from hierfl.errors import ConfigError, RequirementUnknown, WireError
@@ -133,13 +133,23 @@ class Plan:
     report_timeout_s: float
     hold_s: float
     partial_encoding: str = "packed"
-    """How the region's sum crosses the border: without loss, so that it is no part of the task and a sum that was
-    sealed for another run may count in this one. A region that does not know it, or sealed in another, abstains."""
+    """How the region's sum crosses the border (``hierfl/rounding.py``). No part of the task: clients are asked the same
+    whatever it is, and one sum over a base and a task may leave, in one form. A region that does not know this one, or
+    sealed in another, abstains."""
     requires: tuple[str, ...] = ()
 
     @property
     def key(self) -> AttemptKey:
         return AttemptKey(self.run, self.task.kind, self.round, self.attempt)
+
+    @property
+    def drop_bits(self) -> int:
+        """How far the region rounds its sums; 0: not at all.
+
+        Raises:
+            RequirementUnknown: They are to be in a form that is not known here.
+        """
+        return rounding.drop_bits_of(self.partial_encoding)
 
     def to_bytes(self) -> bytes:
         return documents.encode(self)

@@ -61,7 +61,7 @@ class Reason(StrEnum):
     POLICY = "policy"  # the zone's policy refused
     CAPACITY = "capacity"  # the region serves as many runs as it can
     STORAGE = "storage"  # the region could not write
-    ALREADY_RELEASED = "already_released"  # a partial over this base and task left before and was pruned
+    ALREADY_RELEASED = "already_released"  # one over this base and task left before; it is gone, or in another form
     REGION_SILENT = "region_silent"  # no word from the region in time
     ATTEMPT_ABANDONED = "attempt_abandoned"  # quorum out of reach; the base model stands
     RUN_CANCELLED = "run_cancelled"

@@ -57,6 +57,12 @@ class PartialHead:
     """Exact sums of the quantised metrics."""
     region_epoch: int
     seal_id: str
+    drop_bits: int = 0
+    """How far its sums are rounded (``hierfl/rounding.py``); 0: exact."""
+    carried: str = ""
+    """Digest of what rounding in earlier rounds left over, which is in these sums; empty where nothing is."""
+    left_over: str = ""
+    """Digest of what rounding leaves over this time; both stay in the region. Empty where nothing is kept of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +93,7 @@ class CommitRecord:
     leader_epoch: int
     strategy: str
     exact_in_two_tiers: bool
+    """Whether its bits do not depend on the grouping into regions; else it is approximate across regions."""
     partials: tuple[CountedPartial, ...]
     weight: int
     metrics: Mapping[str, int]
@@ -97,6 +104,8 @@ class CommitRecord:
     """How they travelled: the name of their encoding."""
     model_digest: str = ""
     """Of the transfer that the controller makes of the model."""
+    partial_encoding: str = "packed"
+    """How the regions' sums travelled: ``rounded-20`` says that each was rounded to a multiple of 2**20."""
 
 
 def update_statement(key: UpdateKey, digest: str, weight: int) -> bytes:

@@ -68,10 +68,12 @@ def objection(policy: ZonePolicy, plan: Plan, contributions: Sequence[Contributi
 
 
 def objection_to_resending(policy: ZonePolicy, plan: Plan, head: PartialHead) -> Reason | None:
-    """Why sealed bytes that left before may not go to another attempt, whose plan or zone may ask for more."""
+    """Why sealed bytes that left before may not go to another attempt, whose plan or zone may ask for more, or for
+    another form: an exact and a rounded sum over one base and task would be two releases.
+    """
     if head.num_sites < policy.sites_needed(plan) or head.num_updates < plan.min_clients:
         return Reason.TOO_FEW_SITES
-    return None
+    return Reason.ALREADY_RELEASED if head.drop_bits != plan.drop_bits else None
 
 
 def _weights(contributions: Sequence[Contribution]) -> dict[SiteId, int]:
@@ -114,17 +116,22 @@ def release(
     contributions: Sequence[Contribution],
     region_epoch: int,
     seal_id: str,
+    carried: str = "",
+    left_over: str = "",
 ) -> Release:
     """Let a region's sum leave it.
 
     Args:
-        partial: The exact sum of ``contributions`` and of nothing else.
+        partial: The exact sum of ``contributions`` and of nothing else; where the plan says so, rounded, with what
+            rounding left over of earlier such sums.
         policy: The zone's rule.
         plan: What the controller asked for; its caps and metrics bound the sum.
         region: Whose sum it is.
         contributions: One for each update in the sum, from the claims granted.
         region_epoch: Of the Region that seals.
         seal_id: Names the seal.
+        carried: Digest of what is in the sum of earlier ones, if anything is.
+        left_over: Digest of what rounding left over of this one, if it is kept. It never leaves.
     Raises:
         ResidencyError: Too few sites, one that dominates, or a sum that is not of these updates; its message
             opens with the ``Reason``.
@@ -150,6 +157,9 @@ def release(
         metrics=exported,
         region_epoch=region_epoch,
         seal_id=seal_id,
+        drop_bits=plan.drop_bits,
+        carried=carried,
+        left_over=left_over,
     )
     return Release(_MAKER, head, partial)
 

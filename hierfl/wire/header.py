@@ -38,8 +38,8 @@ __all__ = [
 ]
 
 PROTOCOL = "hierfl.transfer/1"
-Kind = Literal["model", "update", "partial"]
-PLAIN: Mapping[Kind, DtypeName] = {"model": "float32", "update": "float32", "partial": "int64"}
+Kind = Literal["model", "update", "partial", "residual"]
+PLAIN: Mapping[Kind, DtypeName] = {"model": "float32", "update": "float32", "partial": "int64", "residual": "int64"}
 """The encoding of each kind where nothing else was agreed."""
 
 HEADER_PART_BYTES = 2**20

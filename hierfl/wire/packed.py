@@ -6,6 +6,9 @@
 
 They come in this order, so that the receiver knows after the first two whether it wants the rest, and where in the
 words what stands.
+
+What rounding leaves over in a region (``hierfl/feedback.py``) has the same form, as a transfer of another kind that
+stays in its store: nothing that expects a partial takes it.
 """
 
 from __future__ import annotations
@@ -14,14 +17,14 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from hierfl import limbs, packing
+from hierfl import limbs, packing, rounding
 from hierfl.aggregation import ColumnGroup, GroupKind
 from hierfl.columns import MAX_SUM
 from hierfl.errors import LayoutMismatch, ValueOutOfRange
 from hierfl.packing import Blocks, Column, PackedSums, WordReader, columns_of
 from hierfl.types import Int64Array
 from hierfl.wire import arrow
-from hierfl.wire.header import Expect, VectorSpec
+from hierfl.wire.header import Expect, Kind, VectorSpec
 from hierfl.wire.transfer import Incoming, Outgoing
 
 __all__ = [
@@ -31,7 +34,9 @@ __all__ = [
     "BoundsCheck",
     "blocks_of",
     "expect_partial",
+    "expect_residual",
     "outgoing_partial",
+    "outgoing_residual",
     "packed_sums",
 ]
 
@@ -60,9 +65,22 @@ def outgoing_partial(
 
     ``sums`` must not change until it is; each of its group's shape, int64. Beside them there is one encoded copy.
     """
+    return _outgoing("partial", layout_hash, groups, sums, meta)
+
+
+def outgoing_residual(
+    layout_hash: str, groups: tuple[ColumnGroup, ...], left_over: Mapping[str, Int64Array]
+) -> Outgoing:
+    """What rounding left over in these groups, as ``outgoing_partial``: to be stored."""
+    return _outgoing("residual", layout_hash, groups, left_over, b"{}")
+
+
+def _outgoing(
+    kind: Kind, layout_hash: str, groups: tuple[ColumnGroup, ...], sums: Mapping[str, Int64Array], meta: bytes
+) -> Outgoing:
     blocks = packing.measure(groups, sums)
     vectors = _vectors(blocks.widths.size, blocks.num_words)
-    return Outgoing.made("partial", layout_hash, vectors, lambda: _chunks(blocks, sums), meta, PACKED)
+    return Outgoing.made(kind, layout_hash, vectors, lambda: _chunks(blocks, sums), meta, PACKED)
 
 
 def _chunks(blocks: Blocks, sums: Mapping[str, Int64Array]) -> Iterator[np.ndarray]:
@@ -82,10 +100,19 @@ def expect_partial(
     """What is taken of a partial over ``groups``; where these are ``None`` of any, up to ``max_bytes``."""
     if groups is None:
         return Expect("partial", layout_hash, None, max_bytes or 0, digest, encoding=PACKED)
+    return _expect("partial", groups, layout_hash, digest)
+
+
+def expect_residual(groups: tuple[ColumnGroup, ...], layout_hash: str, digest: str) -> Expect:
+    """What is taken as left over in ``groups``."""
+    return _expect("residual", groups, layout_hash, digest)
+
+
+def _expect(kind: Kind, groups: tuple[ColumnGroup, ...], layout_hash: str | None, digest: str | None) -> Expect:
     columns = columns_of(groups)
     vectors = _vectors(packing.num_blocks(columns), packing.max_words(columns))
     most = sum(spec.length_bytes for spec in vectors)
-    return Expect("partial", layout_hash, vectors, most, digest, encoding=PACKED, at_most=True)
+    return Expect(kind, layout_hash, vectors, most, digest, encoding=PACKED, at_most=True)
 
 
 def blocks_of(incoming: Incoming, groups: tuple[ColumnGroup, ...]) -> Blocks | None:
@@ -128,10 +155,16 @@ class BoundsCheck:
     that honest partials cost next to nothing.
     """
 
-    def __init__(self, blocks: Blocks, weight: int, num_updates: int) -> None:
-        """``feed`` begins with ``NO_WORDS``: blocks that need none are bounded too."""
+    def __init__(self, blocks: Blocks, weight: int, num_updates: int, drop_bits: int = 0) -> None:
+        """``feed`` begins with ``NO_WORDS``: blocks that need none are bounded too.
+
+        ``drop_bits``: how far the sums are rounded, which what a region carried over may make a step larger.
+        """
         self._blocks, self._reader = blocks, WordReader(blocks)
-        self._bounds = {c.group.name: c.group.max_q * c.group.total(weight, num_updates) for c in blocks.columns}
+        self._bounds = {
+            column.group.name: rounding.largest_sum(column.group, column.group.total(weight, num_updates), drop_bits)
+            for column in blocks.columns
+        }
         self._in_doubt = np.zeros(blocks.widths.size, np.bool_)
         for column in blocks.columns:
             part = slice(column.first, column.first + column.num_blocks)
