@@ -11,12 +11,23 @@ from hypothesis import strategies as st
 
 from hierfl.aggregation import Accumulator, ColumnGroup, GroupKind, PartialAggregate, Weighting
 from hierfl.errors import LayoutMismatch, TransferIncomplete, ValueOutOfRange, WireError
+from hierfl.feedback import round_off
 from hierfl.layout import Layout
 from hierfl.packing import PackedSums
 from hierfl.strategies import get
 from hierfl.types import AttemptKey, Int64Array, RunId, TaskKind
 from hierfl.wire.framefile import read_frames, write_frames
-from hierfl.wire.packed import NO_WORDS, WORDS, BoundsCheck, blocks_of, expect_partial, outgoing_partial, packed_sums
+from hierfl.wire.packed import (
+    NO_WORDS,
+    WORDS,
+    BoundsCheck,
+    blocks_of,
+    expect_partial,
+    expect_residual,
+    outgoing_partial,
+    outgoing_residual,
+    packed_sums,
+)
 from hierfl.wire.transfer import Incoming, Outgoing
 
 LAYOUT = "a" * 64
@@ -134,11 +145,11 @@ def test_a_mutated_partial_gives_an_error_or_values_never_a_crash(data):
     unpacked(packed)
 
 
-def checked(sums: dict[str, Int64Array], weight: int) -> bool:
+def checked(sums: dict[str, Int64Array], weight: int, drop_bits: int = 0) -> bool:
     """What the check of packed sums says, fed in pieces of a few words."""
     incoming = arriving(outgoing_partial(LAYOUT, GROUPS, sums, b"{}"))
     packed = packed_sums(incoming, GROUPS)
-    check = BoundsCheck(packed.blocks, weight, weight)
+    check = BoundsCheck(packed.blocks, weight, weight, drop_bits)
     try:
         words = np.concatenate([NO_WORDS, *packed.words])
         for piece in (NO_WORDS, *(words[start : start + 7] for start in range(0, words.size, 7))):
@@ -177,6 +188,22 @@ def test_bounds_hold_while_words_arrive_exactly_as_they_hold_for_whole_sums(weig
     assert checked(sums, weight) == checked_whole(sums, weight) == (abs(value) <= 8 * weight)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    weight=st.integers(1, 2**20),
+    drop_bits=st.integers(1, 12),
+    beside=st.integers(-2, 2),
+    sign=st.sampled_from([-1, 1]),
+)
+def test_bounds_of_rounded_sums_leave_room_for_what_was_carried_and_for_no_more(weight, drop_bits, beside, sign):
+    most = (8 * weight + 2 ** (drop_bits - 1) + 2 ** (drop_bits - 1)) // 2**drop_bits
+    sums = some_sums(0)
+    sums["train"][77] = sign * (most + beside)
+    assert checked(sums, weight, drop_bits) == (abs(most + beside) <= most)
+    sums["train"][77], sums["mean"][:, 3] = 0, (0, 8 * weight + 1)
+    assert not checked(sums, weight, drop_bits), "what is not rounded is bounded as ever"
+
+
 def test_wide_sums_beyond_64_bits_are_bounded_by_both_halves():
     wide = (
         ColumnGroup(name="m", kind=GroupKind.WIDE, s=32, max_abs=2.0**20, weighting=Weighting.WEIGHT, num_values=1),
@@ -201,8 +228,11 @@ def test_wide_sums_beyond_64_bits_are_bounded_by_both_halves():
                 check.finish(packed)
 
 
-def border_bytes(num_clients: int, num_values: int) -> tuple[int, int]:
-    """All frames up and down of one round: weights seeded, 1 to 1,000, deltas normal with a deviation of 1e-3."""
+def border_bytes(num_clients: int, num_values: int, drop_bits: int = 0) -> tuple[int, int]:
+    """All frames up and down of one round: weights seeded, 1 to 1,000, deltas normal with a deviation of 1e-3.
+
+    ``drop_bits``: how far the sums are rounded, with something carried over.
+    """
     random = np.random.default_rng(num_clients)
     model = {"train": random.standard_normal(num_values, np.float32)}
     layout = Layout.of({"w": model["train"]})
@@ -212,7 +242,15 @@ def border_bytes(num_clients: int, num_values: int) -> tuple[int, int]:
     for _ in range(num_clients):
         delta = random.standard_normal(num_values, np.float32) * np.float32(1e-3)
         total.fold({"train": [delta]}, int(random.integers(1, 1001)))
-    up = outgoing_partial(layout.hash, groups, total.partial(num_clients).sums, b"{}")
+    partial = total.partial(num_clients)
+    if drop_bits:
+        left_over = round_off(partial, drop_bits, None).left_over
+        outgoing = outgoing_residual(layout.hash, groups, left_over)
+        incoming = Incoming(expect_residual(groups, layout.hash, outgoing.digest))
+        for frame in outgoing.frames():
+            incoming.feed(frame)
+        partial = round_off(partial, drop_bits, packed_sums(incoming, groups)).partial
+    up = outgoing_partial(layout.hash, groups, partial.sums, b"{}")
     down = Outgoing("model", layout.hash, model, meta=layout.to_bytes())
     return sum(map(len, up.frames(KEY))), sum(map(len, down.frames()))
 
@@ -225,3 +263,20 @@ def test_a_border_carries_at_most_1_4_models_up_and_1_down_whatever_the_number_o
     assert abs(many_up - few_up) <= 0.2 * few_up
     for down in (few_down, many_down):
         assert down <= 1.001 * 4 * num_values, "framing included"
+
+
+def test_each_bit_that_is_dropped_is_a_bit_a_value_less():
+    """Measured: 36.1 bits a value exact and 16.1 without the lowest 20 at 10 clients; 39.3 and 19.3 at 1,000."""
+    num_values = 2**16
+    exact, _ = border_bytes(10, num_values)
+    for drop_bits in (8, 20, 28):
+        rounded, _ = border_bytes(10, num_values, drop_bits)
+        assert abs(8 * (exact - rounded) / num_values - drop_bits) < 0.2
+
+
+def test_what_is_left_over_is_no_partial():
+    outgoing = outgoing_residual(LAYOUT, GROUPS[:1], {"train": some_sums()["train"]})
+    with pytest.raises(WireError):
+        Incoming(expect_partial(GROUPS[:1], LAYOUT, None)).feed(next(iter(outgoing.frames())))
+    with pytest.raises(WireError):
+        Incoming(expect_partial(None, None, None, max_bytes=2**20)).feed(next(iter(outgoing.frames())))
