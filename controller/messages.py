@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from controller.rows import ModelRow, RoundRow, RunRow
+from hierfl import documents
 from hierfl.receipts import Reason
+from hierfl.records import CommitRecord
 from hierfl.rounds import RegionView
 from hierfl.runs import RunState
 from hierfl.types import AttemptKey, RegionId, TaskKind
@@ -140,4 +142,9 @@ def model(row: ModelRow, layout: bytes) -> pb.Model:
         size_bytes=row.size_bytes,
         committed_unix_ns=row.committed_unix_ns,
         layout=layout,
+        approximate_across_regions=bool(row.record) and not _is_exact(row.record),
     )
+
+
+def _is_exact(record: bytes) -> bool:
+    return documents.decode(record, CommitRecord, "commit record").exact_in_two_tiers

@@ -11,6 +11,7 @@ import click
 from hierfl.cli.output import emit, output_option, say, table
 
 if TYPE_CHECKING:
+    from hierfl.columns import ColumnGroup
     from hierfl.job import Job
     from hierfl.layout import Layout
 
@@ -39,11 +40,12 @@ def check(job_file: Path, app_path: str | None, overrides: tuple[str, ...], outp
       hierfl job check job.toml --app my_app.py --set strategy.name=fedadam
     """
     from hierfl.config import load_job
+    from hierfl.rounding import encoding_name
 
     read = load_job(job_file, overrides)
     layout = _layout(read, app_path, job_file.parent)
     document: dict[str, Any] = {"job": read.job.name, "app": read.job.app, "strategy": read.strategy.name}
-    document |= {"updates": read.updates.encoding}
+    document |= {"updates": read.updates.encoding, "partials": encoding_name(read.partials.drop_bits)}
     document |= {"model": None} if layout is None else {"model": model_of(read, layout)}
     emit(document, "hierfl.job_check/1", output, lambda: _show(document))
     say(f"{job_file} is fine")
@@ -51,20 +53,32 @@ def check(job_file: Path, app_path: str | None, overrides: tuple[str, ...], outp
 
 def model_of(read: Job, layout: Layout) -> dict[str, Any]:
     """Parameters and bytes per round; raises ``ConfigError`` where the job's caps do not suit the strategy."""
-    from hierfl import encodings, strategies
+    from hierfl import encodings, rounding, strategies
 
     strategy = strategies.get(read.strategy.name, read.strategy.options)
     caps = read.arithmetic
     groups = strategy.column_groups(layout, max_abs=caps.max_abs, total_weight=caps.total_weight)
+    drop_bits = read.partials.drop_bits
+    rounding.require_room(groups, caps.total_weight, read.round.min_regions, drop_bits)
     encoding = encodings.get(read.updates.encoding, read.updates.options)
-    return {
+    found: dict[str, Any] = {
         "tensors": len(layout.tensors),
         "parameters": layout.num_params,
-        "exact_in_two_tiers": strategy.exact_in_two_tiers,
+        "exact_in_two_tiers": strategy.exact_in_two_tiers and not drop_bits,
         "bytes_to_a_client": 4 * layout.num_params,
         "bytes_from_a_client": encodings.length_bytes(encoding, groups),
-        "bytes_over_a_border": sum(8 * math.prod(group.shape) for group in groups),
+        "bytes_over_a_border": sum(_bytes_of(group, drop_bits) for group in groups),
     }
+    if drop_bits:
+        found["error_of_a_regions_sum"] = max(rounding.error_of_a_sum(group, drop_bits) for group in groups)
+    return found
+
+
+def _bytes_of(group: ColumnGroup, drop_bits: int) -> int:
+    from hierfl.rounding import is_rounded
+
+    bits = 64 - (drop_bits if is_rounded(group) else 0)
+    return -(-bits * math.prod(group.shape) // 8)
 
 
 def _layout(read: Job, app_path: str | None, folder: Path) -> Layout | None:
@@ -82,6 +96,16 @@ def _layout(read: Job, app_path: str | None, folder: Path) -> Layout | None:
 def _show(document: dict[str, Any]) -> None:
     rows = [(key, value) for key, value in document.items() if key != "model"]
     for key, value in (document["model"] or {}).items():
-        words = f"{value:,}" if type(value) is int else {True: "yes", False: "no"}[value]
-        rows.append((key.replace("_", " "), words))
+        rows.append((key.replace("_", " "), _words(value)))
     table(("key", "value"), rows)
+    if document["partials"] != "packed":
+        say(
+            "approximate across regions: each region rounds its sums, and what is left over goes into its next round;"
+            " a mean over weight W is off by at most the error of a region's sum times the regions, over W"
+        )
+
+
+def _words(value: float) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"

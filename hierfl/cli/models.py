@@ -30,10 +30,15 @@ def models() -> None:
 def list_(run: str, kit: Path | None, address: str | None, output: str) -> None:
     """Model versions of RUN, or of all runs."""
     found = call(kit, address, lambda operator: operator.models(run))
-    rows = [(m.run, m.version, m.num_params, m.size_bytes, m.model_hash) for m in found]
-    headings = ("run", "version", "parameters", "bytes", "sha256")
+    rows = [(m.run, m.version, m.num_params, m.size_bytes, sums_of(m), m.model_hash) for m in found]
+    headings = ("run", "version", "parameters", "bytes", "sums", "sha256")
     document = {"models": [dict(zip(headings, row, strict=True)) for row in rows]}
     emit(document, "hierfl.models/1", output, lambda: table(headings, rows, empty="no models yet"))
+
+
+def sums_of(model: pb.Model) -> str:
+    """Of which sums a version was made, in words."""
+    return "approximate across regions" if model.approximate_across_regions else "exact"
 
 
 @models.command()
@@ -62,6 +67,7 @@ def export(run: str, file: Path, version: int | None, kit: Path | None, address:
             "hierfl.version": str(model.version),
             "hierfl.model_sha256": model.model_hash,
             "hierfl.layout_sha256": model.layout_hash,
+            "hierfl.sums": sums_of(model),
         }
         modelfile.write(file, layout.unflatten(vectors), metadata)
         return model

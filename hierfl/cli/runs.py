@@ -29,8 +29,8 @@ ENDED = ("finished", "failed", "cancelled")
 """States after which nothing follows."""
 RESUME = "`hierfl runs resume {run}`"
 MOVES = {
-    "already_released": "a region gives one sum over a base model and a task, and its bytes are gone: submit a new "
-    "run with another first model or other [app] keys",
+    "already_released": "a region gives one sum over a base model and a task, and its bytes are gone, or in another "
+    "form than the job's [partials] ask for: submit a new run with another first model or other [app] keys",
     "too_few_sites": "too few clients handed in, or fewer than round.min_clients or k are there; the clients' logs "
     "at the sites say why; mend that, then " + RESUME,
 }
@@ -216,10 +216,15 @@ def write_history(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def _rounds_table(found: pb.GetRunResponse) -> None:
+    from hierfl import documents
+    from hierfl.job import Job
+
     run = found.summary
     exact = "the same bits whatever the grouping" if run.exact_in_two_tiers else "approximate across regions"
     say(f"{run.run} {run.name}: {run.state} {run.reason}".rstrip())
     say(f"app {run.app}, strategy {run.strategy} ({exact}), updates {run.updates}, model {run.model_hash}")
+    if drop_bits := documents.decode(found.job, Job, "job").partials.drop_bits:
+        say(f"each region rounds its sums by {drop_bits} bits; what is left over goes into its next round")
     metrics = sorted({name for item in found.rounds for name in item.metrics if "loss" in name or "accuracy" in name})
     metrics = [name for name in metrics if not name.endswith("_sum")]
     headings = ("round", "task", "version", "attempts", "sites", "updates", *metrics, "seconds", "model")

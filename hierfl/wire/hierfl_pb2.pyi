@@ -559,7 +559,7 @@ class ListModelsResponse(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("run", "version", "model_hash", "layout_hash", "num_params", "size_bytes", "committed_unix_ns", "layout")
+    __slots__ = ("run", "version", "model_hash", "layout_hash", "num_params", "size_bytes", "committed_unix_ns", "layout", "approximate_across_regions")
     RUN_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     MODEL_HASH_FIELD_NUMBER: _ClassVar[int]
@@ -568,6 +568,7 @@ class Model(_message.Message):
     SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
     COMMITTED_UNIX_NS_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    APPROXIMATE_ACROSS_REGIONS_FIELD_NUMBER: _ClassVar[int]
     run: str
     version: int
     model_hash: str
@@ -576,7 +577,8 @@ class Model(_message.Message):
     size_bytes: int
     committed_unix_ns: int
     layout: bytes
-    def __init__(self, run: _Optional[str] = ..., version: _Optional[int] = ..., model_hash: _Optional[str] = ..., layout_hash: _Optional[str] = ..., num_params: _Optional[int] = ..., size_bytes: _Optional[int] = ..., committed_unix_ns: _Optional[int] = ..., layout: _Optional[bytes] = ...) -> None: ...
+    approximate_across_regions: bool
+    def __init__(self, run: _Optional[str] = ..., version: _Optional[int] = ..., model_hash: _Optional[str] = ..., layout_hash: _Optional[str] = ..., num_params: _Optional[int] = ..., size_bytes: _Optional[int] = ..., committed_unix_ns: _Optional[int] = ..., layout: _Optional[bytes] = ..., approximate_across_regions: _Optional[bool] = ...) -> None: ...
 
 class GetStatusRequest(_message.Message):
     __slots__ = ()

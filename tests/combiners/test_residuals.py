@@ -305,7 +305,11 @@ def test_a_store_of_the_release_before_gets_what_it_lacks(store, rounded, tmp_pa
 
 
 def test_what_left_in_one_form_does_not_leave_in_another(plan, rounded):
-    for sealed_as, asked_as in ((plan, rounded), (rounded, plan), (rounded, replace(plan, partial_encoding="rounded-8"))):
+    for sealed_as, asked_as in (
+        (plan, rounded),
+        (rounded, plan),
+        (rounded, replace(plan, partial_encoding="rounded-8")),
+    ):
         head = sealed_of(sealed_as, Carried(), 0.1)[0].head
         assert objection_to_resending(POLICY, asked_as, head) is Reason.ALREADY_RELEASED
         assert objection_to_resending(POLICY, sealed_as, head) is None

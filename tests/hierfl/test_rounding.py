@@ -118,9 +118,7 @@ def test_the_largest_sum_with_the_largest_residual_is_within_its_bound_and_reach
 
 def test_sums_that_could_overflow_by_rounding_are_refused_not_wrapped():
     third = (2**63 - 1) // 3 // 512 * 512  # a float64, whole
-    full = ColumnGroup(
-        name="train", kind=GroupKind.FIXED, s=0, max_abs=third, weighting=Weighting.WEIGHT, num_values=1
-    )
+    full = ColumnGroup(name="train", kind=GroupKind.FIXED, s=0, max_abs=third, weighting=Weighting.WEIGHT, num_values=1)
     assert 3 * full.max_q <= 2**63 - 1 < 3 * full.max_q + 2**32
     top = PartialAggregate((full,), {"train": np.array([3 * full.max_q])}, 3, 1, 1)
     with pytest.raises(ValueOutOfRange, match="no room to round 32 bits"):

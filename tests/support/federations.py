@@ -27,7 +27,7 @@ from hierfl.client.offers import SitePolicy
 from hierfl.client.params import make_layout
 from hierfl.client.runner import serve
 from hierfl.client.task import Metrics, Task, Update
-from hierfl.job import Arithmetic, Job, JobHead, RoundRules, UpdateChoice
+from hierfl.job import Arithmetic, Job, JobHead, PartialChoice, RoundRules, UpdateChoice
 from hierfl.operator import Operator, connect
 from hierfl.pki import Kit
 from hierfl.residency import ZonePolicy
@@ -207,6 +207,7 @@ def job(
     min_clients: int = 1,
     seed: int = 3,
     updates: UpdateChoice = PLAIN_UPDATES,
+    drop_bits: int = 0,
     **rules: float,
 ) -> Job:
     """``rules``: of ``[round]``, in place of what tests usually want."""
@@ -214,6 +215,7 @@ def job(
     return Job(
         job=JobHead(name="test", app="noisy", rounds=rounds, seed=seed),
         updates=updates,
+        partials=PartialChoice(drop_bits=drop_bits),
         round=RoundRules(min_regions=min_regions, min_clients=min_clients, **{**usual, **rules}),
         arithmetic=Arithmetic(k=2),
     )

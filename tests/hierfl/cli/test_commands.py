@@ -154,6 +154,23 @@ def test_job_check_tells_the_bytes_of_encoded_updates(hierfl, tmp_path):
     assert (ended.code, "updates.encoding = 'int' is no encoding; did you mean 'int8'?" in ended.err) == (3, True)
 
 
+def test_job_check_says_that_rounded_sums_are_approximate_and_by_how_much(hierfl, tmp_path):
+    hierfl("init", tmp_path)
+    ended = hierfl("job", "check", tmp_path / "job.toml", "-o", "json", "--set", "partials.drop_bits=20")
+    assert (ended.code, ended.document["partials"]) == (0, "rounded-20")
+    assert ended.document["model"]["exact_in_two_tiers"] is False
+    assert ended.document["model"]["error_of_a_regions_sum"] == 2.0 ** (20 - 1 - 32)
+    assert ended.document["model"]["bytes_over_a_border"] == -(-9 * 44 // 8)
+    ended = hierfl("job", "check", tmp_path / "job.toml", "--set", "partials.drop_bits=20")
+    assert "approximate across regions" in ended.err
+    assert "0.000122" in ended.out
+    ended = hierfl("job", "check", tmp_path / "job.toml", "--set", "partials.drop_bits=33")
+    assert (ended.code, "partials.drop_bits = 33 must be 0 to 32" in ended.err) == (3, True)
+    caps = ("--set", "arithmetic.max_abs=15.999999999", "--set", "partials.drop_bits=32")
+    ended = hierfl("job", "check", tmp_path / "job.toml", *caps)
+    assert (ended.code, "partials.drop_bits = 32 leaves no room in 64 bits" in ended.err) == (3, True)
+
+
 def test_job_check_without_the_app_checks_the_rest(hierfl, tmp_path):
     hierfl("init", tmp_path)
     (tmp_path / "app.py").unlink()
