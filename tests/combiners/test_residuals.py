@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from combiners.attempt import Phase
 from combiners.events import Seal
 from combiners.messages import Claim, HandOver
 from combiners.residuals import KEEP_RUNS, Carried, LeftOver
@@ -406,3 +407,31 @@ async def test_a_sum_that_left_exact_does_not_leave_rounded_for_another_run(
             abstained = await controller.abstained.get()
         assert (abstained.key.run, abstained.code) == ("run-2", "already_released")
         assert controller.partials.empty()
+
+
+@pytest.mark.parametrize("in_time", [True, False], ids=["in time", "too late"])
+async def test_a_seal_waits_for_a_verdict_that_is_being_settled_but_not_for_ever(
+    start_combiner, controller, client_kits, connect, rounded, toy_model, monkeypatch, caplog, in_time
+):
+    """The verdict has come, the model that proves it has not: the next round is on a model that is here."""
+    if not in_time:
+        monkeypatch.setattr("combiners.session.SETTLE_S", 0.1)
+    made, base = toy_model(1.0), toy_model(2.0)
+    controller.models[base.hash] = base.outgoing
+    async with start_combiner() as combiner:
+        clients = await joined(connect, combiner, client_kits[:3])
+        first, _, digest = await partial_of(controller, clients, rounded, 0.1)
+        controller.commit(rounded, digest, made)
+        controller.models.pop(made.hash)
+        second = on(rounded, 2, base)
+        next_one = asyncio.create_task(partial_of(controller, clients, second, -0.03))
+        if in_time:
+            attempts = combiner.region.region.attempts
+            async with asyncio.timeout(20):
+                while second.key not in attempts or attempts[second.key].phase is not Phase.WRITING:
+                    await asyncio.sleep(0.01)
+            controller.models[made.hash] = made.outgoing
+        head, _, _ = await next_one
+        assert head.carried == (first.left_over if in_time else "")
+        assert bool(head.left_over) is in_time
+        assert ("what rounding leaves out is not kept" in caplog.text) is not in_time

@@ -10,14 +10,16 @@ import pytest
 
 from controller.blobs import Blobs
 from controller.collection import Collection
-from controller.merge import merge_partials, next_model
+from controller.committing import commit_record
+from controller.merge import check_head, merge_partials, next_model
 from controller.planning import new_attempt, new_run, plan_for, run_id
 from controller.registry import Progress, Registry
 from controller.rows import AnswerRow
 from hierfl import documents
 from hierfl.aggregation import Accumulator
-from hierfl.errors import ConfigError, RequirementUnknown, RunFailed, StoreDamaged
-from hierfl.job import Arithmetic, RoundRules, StrategyChoice, UpdateChoice
+from hierfl.errors import ConfigError, RegionRejected, RequirementUnknown, RunFailed, StoreDamaged
+from hierfl.feedback import round_off
+from hierfl.job import Arithmetic, PartialChoice, RoundRules, StrategyChoice, UpdateChoice
 from hierfl.layout import Layout, Role
 from hierfl.plan import Plan
 from hierfl.records import PartialHead
@@ -79,6 +81,48 @@ def test_a_budget_that_exact_sums_could_exceed_is_refused_with_what_would_fit(jo
     with pytest.raises(ConfigError):
         submit(most - 1)
     assert submit(0)
+
+
+def rounding(made, drop_bits):
+    return replace(made, partials=PartialChoice(drop_bits=drop_bits))
+
+
+def test_a_budget_that_exact_sums_exceed_names_how_far_rounding_would_have_to_go(job):
+    layout = Layout.of({"w": np.zeros(100_000, np.float32)})
+
+    def submit(budget, drop_bits):
+        made = rounding(job(border_budget_bytes=budget), drop_bits)
+        return new_run(made, layout, "a" * 64, REGIONS, run=RunId("r"), request_id="", now_unix_ns=1)
+
+    with pytest.raises(ConfigError, match="which exact sums can take") as refused:
+        submit(500_000, 0)
+    found = re.search(r"partials\.drop_bits = (\d+) \(approximate across regions\)", str(refused.value))
+    least = int(found[1])
+    assert not submit(500_000, least).exact_in_two_tiers
+    with pytest.raises(ConfigError, match=f"sums rounded by {least - 1} bits can take.*drop_bits = {least} "):
+        submit(500_000, least - 1)
+    with pytest.raises(ConfigError) as refused:
+        submit(100_000, 0)
+    assert "drop_bits" not in str(refused.value), "no rounding makes it fit"
+
+
+def test_rounding_is_in_the_plan_beside_the_task_and_in_no_evaluation(job):
+    exact, rounded = (
+        new_run(rounding(job(), bits), LAYOUT, "a" * 64, REGIONS, run=RunId("r"), request_id="", now_unix_ns=1)
+        for bits in (0, 20)
+    )
+    assert (exact.exact_in_two_tiers, rounded.exact_in_two_tiers) == (True, False)
+    plans = [plan_for(run, attempt_of(run), REGIONS[0], "fed") for run in (exact, rounded)]
+    assert [plan.partial_encoding for plan in plans] == ["packed", "rounded-20"]
+    assert plans[0].task.hash == plans[1].task.hash, "one release for one base and task, in one form"
+    evaluation = plan_for(rounded, attempt_of(rounded, TaskKind.EVALUATE), REGIONS[0], "fed")
+    assert evaluation.partial_encoding == "packed"
+
+
+def test_a_model_without_sums_that_can_be_rounded_is_refused(job):
+    only_means = Layout.of({"running_mean": np.ones(2, np.float32)}, {"running_mean": Role.MEAN})
+    with pytest.raises(ConfigError, match=r"partials\.drop_bits = 20 must be 0"):
+        new_run(rounding(job(), 20), only_means, "a" * 64, REGIONS, run=RunId("r"), request_id="", now_unix_ns=1)
 
 
 def test_a_plan_is_the_same_bytes_each_time_and_a_valid_plan(job):
@@ -145,7 +189,7 @@ def test_an_app_may_name_its_version(job):
     assert (attempt_of(run).spec.app, attempt_of(run).spec.app_version) == ("digits", "1.2")
 
 
-def answers_of(run, attempt, blobs, deltas_by_region):
+def answers_of(run, attempt, blobs, deltas_by_region, drop_bits=0):
     """Accepted partials, one region a list of (train, mean) deltas of weight 1."""
     rows = []
     for region, deltas in deltas_by_region.items():
@@ -153,6 +197,8 @@ def answers_of(run, attempt, blobs, deltas_by_region):
         for train, mean in deltas:
             total.fold({"train": [np.array(train, np.float32)], "mean": [np.array(mean, np.float32)]}, 1)
         summed = total.partial(len(deltas))
+        if drop_bits:
+            summed = round_off(summed, drop_bits, None).partial
         head = PartialHead(
             region=region,
             run=run.run,
@@ -165,6 +211,7 @@ def answers_of(run, attempt, blobs, deltas_by_region):
             metrics={},
             region_epoch=1,
             seal_id="s",
+            drop_bits=drop_bits,
         )
         outgoing = outgoing_partial(run.layout_hash, run.groups, summed.sums, documents.encode(head))
         with blobs.arriving_partial() as file:
@@ -208,6 +255,25 @@ def test_partials_of_both_widths_merge_into_the_mean_model(job, tmp_path):
     _, vectors = blobs.model(next_model(blobs, run, total).model_hash)
     assert vectors["train"].tolist() == [1.0, 1.0, -1.0]
     assert vectors["mean"].tolist() == [1.0, 2.0]
+
+
+def test_rounded_partials_merge_in_the_units_of_exact_ones_and_the_record_says_so(job, tmp_path):
+    blobs = Blobs(tmp_path)
+    run = run_of(lambda: rounding(job(), 31), blobs)
+    attempt = attempt_of(run)
+    deltas = {REGIONS[0]: [([1.25, 0.25, 0.75], [1, 2])], REGIONS[1]: [([1, 0, -0.25], [1, 2])]}
+    rows = answers_of(run, attempt, blobs, deltas, drop_bits=31)
+    total = merge_partials(blobs, attempt, rows)
+    assert (total.sums["train"] / 2**32).tolist() == [2.0, 0.0, 1.0], "halves, to even"
+    made = next_model(blobs, run, total)
+    assert blobs.model(made.model_hash)[1]["train"].tolist() == [1.0, 0.0, 0.5]
+    assert blobs.model(made.model_hash)[1]["mean"].tolist() == [2.0, 3.0]
+    record = commit_record(run, attempt, rows, total, made, federation="fed", leader_epoch=1, now_unix_ns=1)
+    assert (record.exact_in_two_tiers, record.partial_encoding) == (False, "rounded-31")
+    plan = plan_for(run, attempt, REGIONS[0], "fed")
+    check_head(plan, REGIONS[0], replace(rows[0].head, num_sites=2, num_updates=2, weight=2))
+    with pytest.raises(RegionRejected, match="rounded by 0 bits"):
+        check_head(plan, REGIONS[0], replace(rows[0].head, num_sites=2, num_updates=2, weight=2, drop_bits=0))
 
 
 def test_the_strategys_state_goes_on_from_round_to_round(job, tmp_path):

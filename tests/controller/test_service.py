@@ -22,6 +22,7 @@ from hierfl.errors import (
     TransferIncomplete,
     ValueOutOfRange,
 )
+from hierfl.job import PartialChoice
 from hierfl.layout import Layout
 from hierfl.operator import connect
 from hierfl.pki import verify
@@ -221,6 +222,7 @@ async def test_a_partial_that_ended_early_goes_on_where_it_broke_off_and_counts_
         {"groups": ()},
         {"metrics": {"num_examples": 2**50}},
         {"metrics": {"site_loss": 1}},
+        {"drop_bits": 20},
     ],
     ids=str,
 )
@@ -251,6 +253,31 @@ async def test_a_sum_above_what_its_weight_can_make_is_refused(running, job, val
         await eu.uplink(plan, outgoing_partial(plan.base.layout_hash, plan.task.groups, sums, meta))
     await us.answer()
     assert (await ended(operator, run))[-1].summary.state == "finished"
+
+
+@pytest.mark.parametrize(("value", "good"), [(2 * 8 * 2**12 + 1, True), (2 * 8 * 2**12 + 2, False)])
+async def test_a_rounded_sum_may_be_a_step_larger_and_no_more(running, job, value, good):
+    operator = await running.operator()
+    eu, us = [await running.region(name) for name in ("eu", "us")]
+    made = replace(job(min_regions=1), partials=PartialChoice(drop_bits=20))
+    run = await running.submit(operator, made)
+    _, plan = await eu.plan()
+    assert plan.partial_encoding == "rounded-20"
+    meta = eu.partial(plan, drop_bits=20).descriptor.meta.encode()
+    outgoing = outgoing_partial(plan.base.layout_hash, plan.task.groups, {"train": np.array([0, value, 0])}, meta)
+    if good:
+        await eu.uplink(plan, outgoing)
+    else:
+        with pytest.raises(RegionRejected, match="has a sum above what its weight can make"):
+            await eu.uplink(plan, outgoing)
+    _, plan = await us.plan()
+    await us.uplink(plan, us.partial(plan, ((0, 0, 0), (0, 0, 0)), drop_bits=20))
+    assert (await ended(operator, run))[-1].summary.state == "finished"
+    told = await operator.run(run)
+    assert not told.summary.exact_in_two_tiers
+    assert [share.region for share in told.rounds[0].regions] == (["eu", "us"] if good else ["us"])
+    models = {model.version: model for model in await operator.models(run)}
+    assert (models[0].approximate_across_regions, models[1].approximate_across_regions) == (False, True)
 
 
 async def test_packed_sums_with_fewer_words_than_their_widths_say_are_refused(running, job):
