@@ -5,9 +5,10 @@ leaves is ``rint((sum + carried) / 2**drop_bits)``, half to even, and what is le
 next round (``hierfl/feedback.py``). Only the fixed point sums of the ``train`` vector are rounded: counts, weights,
 metrics and 128-bit sums stay exact.
 
-In units of the sum, for each value: what is left over is at most ``2**(drop_bits - 1)``, after one round as after any
-number of rounds. A mean over weight W, of n regions, is thus off by at most ``n * 2**(drop_bits - 1 - s) / W``, and
-what all rounds released is off from what all rounds summed by no more than what one round leaves over.
+The error, for each value and region, in units of the sum: what all rounds so far released is off from what they summed
+by what is left over, half a step or ``2**(drop_bits - 1)`` at most, however many they were. A single round is off by
+what was carried less what is left over: a step at most, half a step in the first. In a mean over weight W, of n regions,
+half a step is ``n * 2**(drop_bits - 1 - s) / W``.
 """
 
 from __future__ import annotations
@@ -104,5 +105,5 @@ def has_room(groups: Iterable[ColumnGroup], weight: int, num_partials: int, drop
 
 
 def error_of_a_sum(group: ColumnGroup, drop_bits: int) -> float:
-    """Most that rounding moves a region's sum, in units of a value times its weight; exactly a power of two."""
+    """Half a step, in units of a value times its weight: most that what a region released in all rounds is off."""
     return float(2.0 ** (drop_bits - 1 - group.s)) if drop_bits and is_rounded(group) else 0.0

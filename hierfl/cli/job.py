@@ -101,7 +101,8 @@ def _show(document: dict[str, Any]) -> None:
     if document["partials"] != "packed":
         say(
             "approximate across regions: each region rounds its sums, and what is left over goes into its next round;"
-            " a mean over weight W is off by at most the error of a region's sum times the regions, over W"
+            " in a mean over weight W all rounds together are off by at most the error of a region's sum times the"
+            " regions, over W, and a single round by twice that"
         )
 
 
