@@ -7,8 +7,8 @@ metrics and 128-bit sums stay exact.
 
 The error, for each value and region, in units of the sum: what all rounds so far released is off from what they summed
 by what is left over, half a step or ``2**(drop_bits - 1)`` at most, however many they were. A single round is off by
-what was carried less what is left over: a step at most, half a step in the first. In a mean over weight W, of n regions,
-half a step is ``n * 2**(drop_bits - 1 - s) / W``.
+what was carried less what is left over: a step at most, half a step in the first. In a mean over weight W, of n
+regions, half a step is ``n * 2**(drop_bits - 1 - s) / W``.
 """
 
 from __future__ import annotations
