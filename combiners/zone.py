@@ -48,6 +48,8 @@ class ZoneStore:
         """What was sealed last, until it is first sent."""
         self.ledger = LedgerBook(self._file)
         self.residuals = ResidualBook(self._file, self._blobs)
+        for left in self._blobs.glob("*.tmp"):
+            left.unlink(missing_ok=True)  # of a start that died
         self.region_epoch, self.store_id = self._file.region_epoch, self._file.store_id
 
     def close(self) -> None:
@@ -99,6 +101,7 @@ class ZoneStore:
             if left_over is not None:
                 self.residuals.write(left_over)
             with storage_errors(path):
+                reach("region.seal.residual")
                 write_sealed(path, sealed)
                 reach("region.seal.file")
             self._write_seal_rows(sealed, key, claims, receipts, (sites_needed, max_share, updates_root))

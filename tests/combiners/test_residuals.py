@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
+import os
+import signal
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +25,7 @@ from combiners.zone import ZoneStore
 from hierfl.aggregation import Accumulator
 from hierfl.border import verify_rows
 from hierfl.errors import DiskFull
+from hierfl.failpoints import VARIABLE
 from hierfl.packing import PackedSums
 from hierfl.plan import Plan
 from hierfl.receipts import Reason, Receipt, ReceiptEvent, ReceiptState
@@ -181,38 +185,65 @@ def test_exact_sums_have_none(store, plan, tmp_path):
     assert (files(tmp_path / "zone"), store.residuals.carried(of_round(plan, 2))) == (0, Carried())
 
 
-@pytest.mark.parametrize("moment", ["before", "files", "sealed", "counted"])
-def test_a_crash_at_any_step_leaves_the_old_residual_or_the_new_one_whole(rounded, tmp_path, moment):
-    """A crash after ``files`` has what was fsynced before the transaction, and the rows from before it."""
-    living, crashed = tmp_path / "zone", tmp_path / "crashed"
-    store = ZoneStore(living, "test", EU)
+KILLED_IN = """
+import importlib.util, sys
+from pathlib import Path
+from combiners.zone import ZoneStore
+from hierfl.plan import Plan
+from hierfl.types import RegionId
+
+zone, points, here, step, point = sys.argv[1:]
+spec = importlib.util.spec_from_file_location("here", here)
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+plan = Plan.from_bytes(Path(points, "plan").read_bytes())
+store = ZoneStore(Path(zone), "test", RegionId("eu"))
+if step == "verdict":
+    module.write(store, plan, 0.03)
+Path(points, point).write_text("kill")
+module.write(store, plan, 0.03) if step == "seal" else module.commit(store, plan)
+"""
+
+
+@pytest.mark.parametrize(
+    ("step", "point"),
+    [
+        ("seal", "region.seal.write"),
+        ("seal", "region.seal.residual"),
+        ("seal", "region.seal.file"),
+        ("seal", "region.transaction"),
+        ("verdict", "region.transaction"),
+    ],
+)
+def test_a_crash_at_any_step_leaves_the_old_residual_whole_and_the_step_can_be_done_again(
+    rounded, tmp_path, step, point
+):
+    zone, points = tmp_path / "zone", tmp_path / "points"
     first, second = of_round(rounded, 1), of_round(rounded, 2)
+    store = ZoneStore(zone, "test", EU)
     write(store, first)
     commit(store, first)
     old = carried(store, rounded)
-    if moment in ("before", "files"):
-        shutil.copytree(living, crashed)
-    write(store, second, 0.03)
-    if moment == "files":
-        shutil.copytree(living / "blobs", crashed / "blobs", dirs_exist_ok=True)
-    if moment == "sealed":
-        shutil.copytree(living, crashed)
-    commit(store, second)
-    new = carried(store, rounded)
-    if moment == "counted":
-        shutil.copytree(living, crashed)
     store.close()
-    assert old != new
+    points.mkdir()
+    (points / "plan").write_bytes(second.to_bytes())
+    command = [sys.executable, "-c", KILLED_IN, zone, points, __file__, step, point]
+    died = subprocess.run(command, env={**os.environ, VARIABLE: str(points)}, check=False)
+    assert died.returncode == -signal.SIGKILL
 
-    again = ZoneStore(crashed, "test", EU)
-    expected_files = {"before": 1, "files": 1, "sealed": 2, "counted": 2}
-    assert files(crashed) == expected_files[moment]
-    if moment == "sealed":
-        assert [one.key for one in again.pending()] == [second.key]
-        assert again.residuals.carried(of_round(rounded, 3)) is None
-        commit(again, second)
-    assert carried(again, rounded) == (old if moment in ("before", "files") else new)
+    again = ZoneStore(zone, "test", EU)
+    assert (files(zone), list((zone / "blobs").glob("*.tmp"))) == (1 if step == "seal" else 2, [])
+    if step == "seal":
+        assert (again.pending(), carried(again, rounded)) == ([], old)
+        write(again, second, 0.03)
+    assert [one.key for one in again.pending()] == [second.key]
+    assert again.residuals.carried(of_round(rounded, 3)) is None, "its last word is not spoken"
+    commit(again, second)
+    assert carried(again, rounded) == old + exact_sum(0.03) - round((old + exact_sum(0.03)) / 2**DROP) * 2**DROP
     again.close()
+    once_more = ZoneStore(zone, "test", EU)
+    assert carried(once_more, rounded) not in (old, 0), "what was counted stays"
+    once_more.close()
 
 
 def test_a_full_disk_leaves_neither_half_of_a_seal(store, rounded, tmp_path, monkeypatch):
