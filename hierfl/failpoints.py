@@ -60,6 +60,7 @@ POINTS: Mapping[str, str] = MappingProxyType(
 )
 """Every point, and what stands and what does not when it is reached."""
 
+_SIGNALS = {"kill": "SIGKILL", "freeze": "SIGSTOP"}
 _folder = os.environ.get(VARIABLE)
 
 
@@ -76,9 +77,7 @@ def _obey(order: Path) -> None:
     except FileNotFoundError:
         return
     match taken.read_text().strip():
-        case "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        case "freeze":
-            os.kill(os.getpid(), signal.SIGSTOP)
+        case ("kill" | "freeze") as action:
+            os.kill(os.getpid(), getattr(signal, _SIGNALS[action]))  # by name: Windows has neither
         case action:
             raise OSError(getattr(errno, action), os.strerror(getattr(errno, action)), str(order))
