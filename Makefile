@@ -1,10 +1,10 @@
-# make setup | demo | test | test-slow | lint | bench | ci. Everything runs in .venv, which `setup` makes.
+# make setup | demo | test | test-slow | test-chaos | chaos | lint | bench | ci. Everything runs in .venv, which `setup` makes.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.hierfl-setup
 
-.PHONY: setup demo test test-slow lint bench ci wire-baseline
+.PHONY: setup demo test test-slow test-chaos chaos lint bench ci wire-baseline
 
 setup: $(STAMP)
 
@@ -22,6 +22,13 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+# One repeat of what fits into CI; `make chaos` is all of it, and takes more than an hour.
+test-chaos: setup
+	$(BIN)/python -m pytest -m chaos
+
+chaos: setup
+	$(BIN)/python -m tests.chaos
 
 lint: setup
 	$(BIN)/ruff check .

@@ -14,16 +14,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
+from hierfl.errors import Unreachable
+
 __all__ = ["ACTIONS", "POINTS", "VARIABLE", "reach"]
 
 VARIABLE = "HIERFL_FAILPOINTS"
-ACTIONS = ("kill", "freeze", "EIO", "ENOSPC")
-"""What a file may say: SIGKILL, SIGSTOP, or an ``OSError`` with this number."""
+ACTIONS = ("kill", "freeze", "lost", "EIO", "ENOSPC")
+"""What a file may say: SIGKILL, SIGSTOP, an answer that is lost on its way, or an ``OSError`` with this number."""
 
 POINTS: Mapping[str, str] = MappingProxyType(
     {
         "client.hold": "an update is made, and not on the site's disk yet",
         "client.send": "an update is on the site's disk, and nothing of it is sent yet",
+        "client.answered": "the combiner has answered, and the client has not heard",
         "client.receipt": "a last word has come, and is not acted upon yet",
         "intake.stage": "an update is there whole, and not checked yet",
         "intake.claim": "an update is checked, and not claimed yet",
@@ -65,7 +68,7 @@ _folder = os.environ.get(VARIABLE)
 
 
 def reach(point: str) -> None:
-    """Say that this step is reached. Raises ``OSError`` where a test says so."""
+    """Say that this step is reached. Raises ``OSError`` or ``Unreachable`` where a test says so."""
     if _folder is not None:
         _obey(Path(_folder, point))
 
@@ -79,5 +82,7 @@ def _obey(order: Path) -> None:
     match taken.read_text().strip():
         case ("kill" | "freeze") as action:
             os.kill(os.getpid(), getattr(signal, _SIGNALS[action]))  # by name: Windows has neither
+        case "lost":
+            raise Unreachable(f"the answer was lost at {order.name}")
         case action:
             raise OSError(getattr(errno, action), os.strerror(getattr(errno, action)), str(order))

@@ -18,6 +18,7 @@ import contextlib
 import itertools
 import json
 import sys
+import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -39,6 +40,8 @@ OPERATOR = "admin"
 CLIENTS_PER_PROCESS = 32
 """Clients of one region and app that share a process; each keeps its own certificate and connection."""
 RESTART_FIRST_S, RESTART_MOST_S = 1.0, 30.0
+WELL_S = 5.0
+"""What has served for so long was well: the pause before it is started again is the first one."""
 
 Say = Callable[[str], None]
 Arguments = Callable[[], list[str]]
@@ -48,15 +51,23 @@ class Federation:
     """The running processes of one federation. Made by ``serving``."""
 
     def __init__(
-        self, config: FederationConfig, state: Path, say: Say, watchers: asyncio.TaskGroup, *, restart: bool = True
+        self,
+        config: FederationConfig,
+        state: Path,
+        say: Say,
+        watchers: asyncio.TaskGroup,
+        *,
+        restart: bool = True,
+        well_s: float = WELL_S,
     ) -> None:
-        """``watchers``: ends with the error of a process that cannot go on. ``restart``: others are started again."""
+        """``watchers``: ends with the error of a process that cannot go on. ``restart``: others are started again, soon
+        where they had served for ``well_s`` seconds, else ever more slowly."""
         self.config = config
         self.state = state
         self.fleet = uuid.uuid4().hex
         self.children: dict[str, Child] = {}
         self._say = say
-        self._restart = restart
+        self._restart, self._well_s = restart, well_s
         self._group = watchers
         self._watchers: set[asyncio.Task[None]] = set()
         self._addresses: dict[str, list[str]] = {}
@@ -178,19 +189,21 @@ class Federation:
         path.write_text(json.dumps(document))
 
     async def _keep_up(self, child: Child, arguments: Arguments) -> None:
-        """Start a process again when it ends by itself, ever more slowly.
+        """Start a process again when it ends by itself, ever more slowly until it has been well again.
 
         Raises:
             ProgramFailed: It is not to be started again, or never ran and never will.
         """
         name, has_ready_line = child.name, child.program.has_ready_line
-        for tries in itertools.count():
+        began_s, tries = time.monotonic(), -1
+        for number in itertools.count():
             failure = await child.failed()
             if self.children.get(name) is not child:
                 return  # it was ended
             await child.kill()  # what outlived it would hold its ports
-            if not self._restart or (failure.is_final and tries == 0):
+            if not self._restart or (failure.is_final and number == 0):
                 raise failure
+            tries = 0 if time.monotonic() - began_s > self._well_s else tries + 1
             pause_s = min(RESTART_FIRST_S * 2 ** min(tries, 10), RESTART_MOST_S)
             self._say(f"{failure}; starting it again in {pause_s:.0f} s")
             await asyncio.sleep(pause_s)
@@ -201,6 +214,7 @@ class Federation:
                 with contextlib.suppress(ProgramFailed):  # said in the next turn
                     self._note_ready(name, await child.ready)
                     self._say(f"{name} serves again")
+            began_s = time.monotonic()
 
     def _listen(self, name: str, *configured: str) -> list[str]:
         """The addresses it had before, where it has run here already, so that its peers find it again."""
@@ -248,7 +262,7 @@ def provision_all(config: FederationConfig, state: Path) -> None:
 
 @asynccontextmanager
 async def serving(
-    config: FederationConfig, state: Path, say: Say, *, restart: bool = True
+    config: FederationConfig, state: Path, say: Say, *, restart: bool = True, well_s: float = WELL_S
 ) -> AsyncIterator[Federation]:
     """A federation, started; stopped at the end, also when starting failed or was interrupted.
 
@@ -259,7 +273,7 @@ async def serving(
     state.mkdir(parents=True, exist_ok=True)
     try:
         async with asyncio.TaskGroup() as watchers:
-            federation = Federation(config, state, say, watchers, restart=restart)
+            federation = Federation(config, state, say, watchers, restart=restart, well_s=well_s)
             with claim(state, federation.fleet):
                 try:
                     await federation.start()

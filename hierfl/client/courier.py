@@ -73,12 +73,15 @@ class Courier:
     async def _send(self, held: Held, outgoing: transfer.Outgoing, signature: bytes) -> Receipt:
         while True:
             answer = await self._link.admit(held.key, outgoing, held.head.weight, signature)
+            reach("client.answered")
             kind = answer.WhichOneof("answer")
             if kind == "receipt":
                 return self._link.receipt(answer.receipt)
             if kind == "ticket":
                 try:
-                    return await self._link.upload(held.key, outgoing, answer.ticket)
+                    receipt = await self._link.upload(held.key, outgoing, answer.ticket)
+                    reach("client.answered")
+                    return receipt
                 except RoundClosed:
                     await asyncio.sleep(LATE_TICKET_PAUSE_S)  # or its ticket was too old: asking again tells which
             else:
