@@ -7,7 +7,7 @@ region is, site for site and unit of weight for unit of weight, what that region
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,15 +45,15 @@ def open_receipts(zone: Path, run: str) -> int:
         return int(database.execute(query, (run,)).fetchone()[0])
 
 
-def read_books(state: Path, regions: tuple[str, ...]) -> Books:
-    """Hold the stores of a federation that has stopped against each other."""
-    rounds = [row for row in _rounds(state / "controller" / "controller.sqlite") if row.task is TaskKind.TRAIN]
+def read_books(controller: Path, zones: Mapping[str, Path]) -> Books:
+    """Hold the stores of a federation that has stopped against each other: the controller's, and each region's."""
+    rounds = [row for row in _rounds(controller / "controller.sqlite") if row.task is TaskKind.TRAIN]
     shares = [(row, share) for row in rounds for share in row.regions if share.collected_in == row.run]
     told = {(row.run, row.version, share.region): share for row, share in shares}
     wrong: list[str] = []
     counted = not_counted = 0
-    for region in regions:
-        with _opened(state / "regions" / region / "zone.sqlite") as database:
+    for region, zone in zones.items():
+        with _opened(zone / "zone.sqlite") as database:
             wrong += _of_one_region(database, region)
             versions = database.execute(
                 "select run, version, sum(weight), count(*), count(distinct site) from receipts"
@@ -71,25 +71,25 @@ def read_books(state: Path, regions: tuple[str, ...]) -> Books:
     return Books(len(rounds), counted, not_counted, tuple(wrong))
 
 
-def _crossings(state: Path, region: str) -> list[Crossing]:
+def _crossings(zone: Path) -> list[Crossing]:
     """Releases that left a region, by its own border ledger."""
-    with _opened(state / "regions" / region / "zone.sqlite") as database:
+    with _opened(zone / "zone.sqlite") as database:
         rows = database.execute("select data from ledger order by sequence").fetchall()
     entries = (documents.decode(data, LedgerRow, "ledger row").crossing for (data,) in rows)
     return [crossing for crossing in entries if crossing is not None]
 
 
-def crossings_below(state: Path, regions: tuple[str, ...], k: int) -> int:
+def crossings_below(zones: Mapping[str, Path], k: int) -> int:
     """Releases over fewer than ``k`` sites, of all regions."""
-    return sum(crossing.num_sites < k for region in regions for crossing in _crossings(state, region))
+    return sum(crossing.num_sites < k for zone in zones.values() for crossing in _crossings(zone))
 
 
-def released_twice(state: Path, regions: tuple[str, ...]) -> list[str]:
+def released_twice(zones: Mapping[str, Path]) -> list[str]:
     """Bases and tasks over which a region sent two different sums: their difference could be a single site."""
     wrong = []
-    for region in regions:
+    for region, zone in zones.items():
         digests: dict[tuple[str, str], set[str]] = {}
-        for crossing in _crossings(state, region):
+        for crossing in _crossings(zone):
             digests.setdefault((crossing.base_model_hash, crossing.task_hash), set()).add(crossing.digest)
         wrong += [
             f"{region}: {len(found)} sums over base {base[:12]}"

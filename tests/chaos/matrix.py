@@ -43,9 +43,13 @@ MATRIX: Mapping[int, Promise] = {
         repeats=20,
     ),
     6: Promise("a leader that was frozen thaws", "nothing from its epoch is accepted by the store or a region"),
-    7: Promise("a region is cut off for 60 s, both ways or one", "the others' rounds go on; it is back within a round"),
-    8: Promise("200 ms round trip and 5 % loss on one region", "no failed round"),
-    9: Promise("a region at 8 Mbit/s", "it alone is slow; the others' rounds close by quorum"),
+    7: Promise(
+        "a region is cut off for 60 s, both ways or one",
+        "the others' rounds go on; it is back within a round",
+        repeats=2,
+    ),
+    8: Promise("200 ms round trip and 5 % loss on one region", "no failed round", repeats=4),
+    9: Promise("a region at 8 Mbit/s", "it alone is slow; the others' rounds close by quorum", repeats=2),
     10: Promise(
         "the cohort falls below `k` in mid-round", "that region abstains, nothing leaves, refusals stand", repeats=10
     ),

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from hierfl.failpoints import POINTS
 from hierfl.types import RunId
-from tests.chaos import books, forger
+from tests.chaos import books, forger, links
 from tests.chaos.figures import Figures, spread
 from tests.chaos.load import SMALL, Load
 from tests.chaos.trial import Trial, trial
@@ -32,10 +32,15 @@ def verdict(
     row: int, load: Load, folder: Path, repeats: int, figures: Mapping[str, float | int | str], *wrong: str
 ) -> Figures:
     """The figures of a case whose federation has stopped, after a look into its books."""
-    found = books.read_books(folder / "federation", load.names)
+    found = books.read_books(folder / "federation" / "controller", zones(folder, load))
     wrong = (*wrong, *found.wrong)
     figures = {**figures, "rounds": found.rounds, "updates_counted": found.counted}
     return Figures(row=row, load=str(load), repeats=repeats, clean=not wrong, wrong=wrong, figures=figures)
+
+
+def zones(folder: Path, load: Load) -> dict[str, Path]:
+    """Folders of the zones' stores, by region."""
+    return {region: folder / "federation" / "regions" / region for region in load.names}
 
 
 def points_of(*roles: str) -> list[str]:
@@ -158,7 +163,7 @@ async def row_10(folder: Path, repeats: int) -> Figures:
             await harmed.federation.start_clients(harmed.federation.region(region).name)
             await harmed.whole_again(run)
         await harmed.end(run)
-    crossed = books.crossings_below(folder / "federation", load.names, 3)
+    crossed = books.crossings_below(zones(folder, load), 3)
     return verdict(10, load, folder, repeats, {"crossings_below_k": crossed}, *wrong, *(["crossed"] if crossed else []))
 
 
@@ -263,7 +268,7 @@ async def row_21(folder: Path, repeats: int) -> Figures:
             await harmed.finished(again)
             for region in load.names:
                 await harmed.federation.start_clients(region)
-    twice = books.released_twice(folder / "federation", load.names)
+    twice = books.released_twice(zones(folder, load))
     return verdict(21, load, folder, repeats, {"bases_released_twice": len(twice)}, *twice)
 
 
@@ -286,6 +291,7 @@ async def row_22(folder: Path, repeats: int) -> Figures:
 
 
 ROWS: Mapping[int, Case] = {
+    **links.ROWS,
     1: row_1,
     2: row_2,
     3: row_3,
