@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,14 +34,19 @@ from hierfl.errors import HierFLError, PortInUse, StorageError, StoreLocked, Unr
 from hierfl.pki import Kit
 from hierfl.receipts import Receipt
 from hierfl.types import AttemptKey, ClientRef, ModelHash
+from hierfl.wire.transfer import Frame
 
 __all__ = ["IntakeActor", "RegionActor", "remote_intake", "remote_region"]
 
 T = TypeVar("T")
 
+logger = logging.getLogger(__name__)
+
 RESTART_PATIENCE_S = 10.0
 """How long a restarted actor waits for the port, or the lock, of the process that it replaces."""
 RETRY_S = 0.1
+LEAST_STORED_BYTES = 2**20
+"""A smaller model is carried by value: finding it in the object store would take longer."""
 
 
 class _Loop:
@@ -101,7 +106,7 @@ class RegionActor:
         self._loop = _Loop()
 
         async def make() -> RegionHost:
-            host = RegionHost(loaded, directory, addresses, settings)
+            host = RegionHost(loaded, directory, addresses, settings, _in_store)
             host.start()
             return host
 
@@ -122,10 +127,12 @@ class RegionActor:
     async def tick(self, incarnation: str, tick: Tick) -> TickReply:
         return await self._loop.run(self._host.tick(incarnation, tick))
 
-    async def model(self, model_hash: ModelHash) -> list[np.ndarray] | None:
-        """The frames as arrays of bytes: those Ray carries beside its pickle, copied in and out once each."""
+    async def model(self, model_hash: ModelHash) -> dict[ModelHash | None, Any] | None:
+        """Frames, or where they lie: under ``None`` the whole model's, under a base's hash those of the difference."""
         model = await self._loop.run(self._host.model(model_hash))
-        return None if model is None else [np.frombuffer(frame, np.uint8) for frame in model.frames]
+        if model is None:
+            return None
+        return {base: _carried(frames) for base, frames in [(None, model.frames), *model.deltas.items()]}
 
     async def clients(self) -> tuple[ClientView, ...]:
         return await self._loop.run(self._host.clients())
@@ -197,6 +204,44 @@ class _Stored:
         except RayError as error:
             raise StorageError(f"the sums of {self.incarnation} cannot be had: {type(error).__name__}") from None
         return partial
+
+
+class _InStore(tuple[memoryview, ...]):
+    """Frames that lie in Ray's object store: every process of a machine reads them there, and none copies them."""
+
+    reference: Any
+
+
+async def _in_store(frames: Sequence[bytes]) -> Sequence[Frame]:
+    """Move frames there; a few go along with each call instead."""
+    if sum(map(len, frames)) < LEAST_STORED_BYTES:
+        return frames
+    return await asyncio.to_thread(_put, frames)
+
+
+def _put(frames: Sequence[bytes]) -> Sequence[Frame]:
+    try:
+        reference = ray.put([np.frombuffer(frame, np.uint8) for frame in frames])
+        stored = _InStore(map(memoryview, ray.get(reference)))
+    except RayError as error:
+        logger.warning("a model stays in the Region's memory, the object store does not take it: %s", error)
+        return frames
+    stored.reference = reference
+    return stored
+
+
+def _carried(frames: Sequence[Frame]) -> Any:
+    return frames.reference if isinstance(frames, _InStore) else [bytes(frame) for frame in frames]
+
+
+async def _fetched(carried: Any) -> Sequence[Frame]:
+    """What ``_carried`` stands for, at an intake: for as long as a frame is in use the store keeps it."""
+    if isinstance(carried, list):
+        return carried
+    try:
+        return tuple(map(memoryview, await carried))
+    except RayError as error:
+        raise Unreachable(f"a model is gone with the Region that had it ({type(error).__name__})") from None
 
 
 # ---------------------------------------------------------------- an intake
@@ -300,10 +345,12 @@ class _RegionOverRay:
         return reply
 
     async def model(self, model_hash: ModelHash) -> Model | None:
-        frames: list[np.ndarray] | None = await _answer(self._handle.model.remote(model_hash))
-        if frames is None:
+        carried: dict[ModelHash | None, Any] | None = await _answer(self._handle.model.remote(model_hash))
+        if carried is None:
             return None
-        return await asyncio.to_thread(lambda: Model(model_hash=model_hash, frames=tuple(f.tobytes() for f in frames)))
+        frames = {base: await _fetched(one) for base, one in carried.items()}
+        whole = frames.pop(None)
+        return Model(model_hash=model_hash, frames=whole, deltas={base: one for base, one in frames.items() if base})
 
     async def clients(self) -> tuple[ClientView, ...]:
         clients: tuple[ClientView, ...] = await _answer(self._handle.clients.remote())

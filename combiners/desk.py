@@ -62,7 +62,6 @@ RETRY_AFTER_MS = 500
 LOOK_AGAIN_S = 0.2
 """After so long a full intake looks again whether somebody can make room."""
 FULL = "as many clients are connected here as this combiner takes at once; come back when it says"
-MODELS_KEPT = 2
 INLINE_BYTES = 65_536
 """A smaller update is checked on the event loop: handing it to a thread would cost more."""
 
@@ -417,13 +416,17 @@ class Desk:
         self.answered(key)
 
     async def model(self, model_hash: ModelHash) -> Model | None:
-        """A model from the Region, asked for once however many clients want it."""
+        """A model from the Region, asked for once however many clients want it; kept while an open attempt needs it,
+        or until another is asked for.
+        """
         task = self._models.pop(model_hash, None)
         if task is None or (task.done() and (task.exception() is not None or task.result() is None)):
             task = asyncio.create_task(self._region.model(model_hash))
         self._models[model_hash] = task
-        for old in list(self._models)[:-MODELS_KEPT]:
-            del self._models[old]
+        needed = {attempt.plan.base.model_hash for attempt in self.attempts.values()}
+        for old in list(self._models)[:-1]:
+            if old not in needed:
+                del self._models[old]
         return await asyncio.shield(task)
 
     def _require_running(self) -> None:

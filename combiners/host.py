@@ -52,7 +52,7 @@ from combiners.messages import (
     Tick,
     TickReply,
 )
-from combiners.models import ModelShelf
+from combiners.models import ModelShelf, Share, in_own_memory
 from combiners.reception import Reception
 from combiners.region import Region
 from combiners.residuals import Carried
@@ -88,13 +88,21 @@ T = TypeVar("T")
 class RegionHost:
     """See the module. Implements ``RegionPort``."""
 
-    def __init__(self, kit: Kit, directory: Path, addresses: tuple[str, ...], settings: RegionSettings) -> None:
+    def __init__(
+        self,
+        kit: Kit,
+        directory: Path,
+        addresses: tuple[str, ...],
+        settings: RegionSettings,
+        share: Share = in_own_memory,
+    ) -> None:
         """
         Args:
             kit: Of a combiner.
             directory: The zone store's.
             addresses: Of the controller, ``host:port``, in order of preference.
             settings: Of this region.
+            share: See ``ModelShelf``.
         Raises:
             ConfigError: The kit is not a combiner's.
             StorageError: As ``ZoneStore``.
@@ -114,7 +122,7 @@ class RegionHost:
         self.session = Session(self)
         self.reception = Reception(self)
         self.uplink = Uplink(kit, addresses, self.session)
-        self.models = ModelShelf(self.uplink.fetch_model, self.name)
+        self.models = ModelShelf(self.uplink.fetch_model, self.name, self._bases_needed, share)
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Ends with the error after which this region cannot go on."""
         self._disk = ThreadPoolExecutor(1, "zone")
@@ -425,6 +433,9 @@ class RegionHost:
 
     async def clients(self) -> tuple[ClientView, ...]:
         return self.reception.clients()
+
+    def _bases_needed(self) -> set[ModelHash]:
+        return {attempt.plan.base.model_hash for attempt in self.region.attempts.values() if attempt.phase.collects}
 
     async def model(self, model_hash: ModelHash) -> Model | None:
         for attempt in self.region.attempts.values():

@@ -258,7 +258,7 @@ class _ClientService:
         model = await self._desk.model(ModelHash(request.model_hash))
         if model is None:
             raise NotFound("model", request.model_hash[:64], "this region serves the models of its open rounds")
-        async for frame in model_frames(model.frames, request, context):
+        async for frame in model_frames(model.frames_for(request.bases), request, context):
             self._desk.bytes_out += len(frame)
             yield frame
 

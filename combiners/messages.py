@@ -6,8 +6,8 @@ side knows of the other.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
@@ -15,6 +15,7 @@ from hierfl.aggregation import PartialAggregate
 from hierfl.plan import Plan
 from hierfl.receipts import Reason, Receipt
 from hierfl.types import AttemptKey, ClientRef, ModelHash, UpdateKey
+from hierfl.wire.transfer import Frame
 
 __all__ = [
     "Answer",
@@ -173,10 +174,17 @@ class HandOver:
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A model as it is served: the frames of its transfer, header to trailer, as they were checked."""
+    """A model as it is served: the frames of its transfer, header to trailer, as they were checked; and those of
+    transfers of it as a difference to another model, by that one's hash.
+    """
 
     model_hash: ModelHash
-    frames: tuple[bytes, ...]
+    frames: Sequence[Frame]
+    deltas: Mapping[ModelHash, Sequence[Frame]] = field(default_factory=dict)
+
+    def frames_for(self, bases: Iterable[str]) -> Sequence[Frame]:
+        """What is sent to somebody who has these models."""
+        return next((self.deltas[ModelHash(base)] for base in bases if base in self.deltas), self.frames)
 
 
 @dataclass(frozen=True, kw_only=True)

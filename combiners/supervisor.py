@@ -38,8 +38,8 @@ REGION = "region"
 DRAIN_S = 10.0
 PORT_TRIES = 5
 MEMORY_SHARE = 0.3
-LEAST_MEMORY, MOST_MEMORY = 100 * 2**20, 2**30
-"""Of Ray's object store, in bytes: it carries models and hand-overs, and is touched only as far as used."""
+LEAST_MEMORY, MOST_MEMORY = 100 * 2**20, 2**32
+"""Of Ray's object store, in bytes: it has two or three models, and hand-overs, and is touched only as far as used."""
 
 _OWN_RAY = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # what keeps every socket on loopback

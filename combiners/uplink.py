@@ -35,8 +35,9 @@ from hierfl.types import AttemptKey, ModelHash
 from hierfl.wire import hierfl_pb2 as pb
 from hierfl.wire import rpc, tls
 from hierfl.wire.convert import key_to_proto
-from hierfl.wire.fetch import Fetcher
-from hierfl.wire.transfer import Expect, Incoming
+from hierfl.wire.delta import Bases
+from hierfl.wire.fetch import Fetched, Fetcher
+from hierfl.wire.transfer import Expect
 
 __all__ = ["Uplink", "UplinkEvents"]
 
@@ -161,8 +162,9 @@ class Uplink:
 
     # ------------------------------------------------------------ calls
 
-    async def fetch_model(self, model_hash: ModelHash, expect: Expect) -> Incoming:
-        """A model by its hash, checked; tried until it comes, or is refused.
+    async def fetch_model(self, model_hash: ModelHash, expect: Expect, bases: Bases) -> Fetched:
+        """A model by its hash, checked; whole, or as a difference to one of ``bases``. Tried until it comes, or is
+        refused.
 
         Raises:
             HierFLError: What the controller answered, or the model is another.
@@ -170,12 +172,12 @@ class Uplink:
 
         fetcher = Fetcher()
 
-        async def fetch(stub: rpc.Stub) -> Incoming:
+        async def fetch(stub: rpc.Stub) -> Fetched:
             self._count("FetchModel", 0)
-            return await fetcher.fetch(stub, model_hash, expect)
+            return await fetcher.fetch(stub, model_hash, expect, bases)
 
-        incoming: Incoming = await self._until_answered(fetch)
-        return incoming
+        fetched: Fetched = await self._until_answered(fetch)
+        return fetched
 
     async def abstain(self, key: AttemptKey, region_epoch: int, reason: Reason) -> None:
         """Tell that the region takes no part in an attempt."""

@@ -3,6 +3,10 @@
 A blob is written beside its place, fsynced and renamed into it, so that a name never shows half a file. It is
 checked against its name whenever it is read. All controllers of a federation share this directory.
 
+Models are mapped, not read: their pages belong to the system, which takes them back when it needs them, and a model
+that is served takes no memory of the process. So a file here may be removed, or another be renamed into its place, at
+any time, but is never written to or cut: the mapping of a file that was cut ends the process.
+
     models/HASH      64 bytes: the layout's hash in hex; then the vectors, little-endian float32, in its order
     layouts/HASH     the layout's canonical bytes
     states/SHA256    safetensors
@@ -12,13 +16,16 @@ checked against its name whenever it is read. All controllers of a federation sh
 from __future__ import annotations
 
 import errno
+import mmap
 import os
+import threading
 import uuid
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -37,7 +44,17 @@ from hierfl.wire.transfer import Outgoing
 __all__ = ["ArrivingPartial", "Blobs", "durable_directory", "storage_errors", "sync_directory"]
 
 LAYOUT_HASH_BYTES = 64
+MODELS_MAPPED = 8
+"""The models that were stored or asked for last."""
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+class _Mapped(NamedTuple):
+    """A model whose file is mapped, and was found right."""
+
+    layout: Layout
+    vectors: dict[str, Float32Array]
+    outgoing: Outgoing
 
 
 class Blobs:
@@ -45,7 +62,8 @@ class Blobs:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._newest: tuple[ModelHash, Layout, dict[str, Float32Array], Outgoing] | None = None
+        self._mapped: OrderedDict[ModelHash, _Mapped] = OrderedDict()
+        self._lock = threading.Lock()
         for kind in ("models", "layouts", "states", "partials"):
             durable_directory(directory / kind)
         for left in directory.glob("*/.part-*"):
@@ -54,22 +72,20 @@ class Blobs:
     # -------------------------------------------------------------- models
 
     def put_model(self, layout: Layout, vectors: Mapping[str, Float32Array]) -> ModelHash:
-        """Store a model and its layout, durably; its vectors must not change afterwards. Storing it again changes
-        nothing.
-        """
+        """Store a model and its layout, durably. Storing it again changes nothing."""
         layout.check_vectors(vectors)
         if not self._path("layouts", layout.hash).is_file():
             self._write("layouts", [layout.to_bytes()], layout.hash)
-        parts = [np.ascontiguousarray(vectors[vector], dtype="<f4") for vector in layout.vectors]
-        whole = dict(zip(layout.vectors, map(_frozen, parts), strict=True))
-        outgoing = Outgoing("model", layout.hash, whole, meta=layout.to_bytes())
-        with ThreadPoolExecutor(2) as beside:  # hashed and encoded while it is written: each takes its time
-            hashed = beside.submit(model_hash, layout, vectors)
-            encoded = beside.submit(outgoing.encode)
-            self._write("models", [layout.hash.encode(), *parts], hashed.result)
+        parts = {vector: np.ascontiguousarray(vectors[vector], dtype="<f4") for vector in layout.vectors}
+        outgoing = _transfer(layout, parts)
+        with ThreadPoolExecutor(2) as beside:  # hashed, and its digest made, while it is written: each takes its time
+            hashed = beside.submit(model_hash, layout, parts)
+            digested = beside.submit(outgoing.encode)
+            self._write("models", [layout.hash.encode(), *parts.values()], hashed.result)
         name = hashed.result()
-        encoded.result()
-        self._newest = (name, layout, whole, outgoing)
+        digested.result()
+        mapped = self._map(name, layout)
+        self._keep(name, _Mapped(layout, mapped, outgoing.over(mapped)))
         return name
 
     def has_model(self, name: str) -> bool:
@@ -93,35 +109,54 @@ class Blobs:
         return layout
 
     def model(self, name: ModelHash) -> tuple[Layout, dict[str, Float32Array]]:
-        """A stored model: its layout, and flat float32 vectors by name. The one that was stored last is still in
-        memory, read-only; any other is read, and checked against its hash.
+        """A stored model: its layout, and flat float32 vectors by name, read-only and mapped; checked against its hash
+        when it is mapped.
 
         Raises:
             NotFound: No such model here.
             StoreDamaged: The file is not the model that its name says.
         """
-        newest = self._newest
-        if newest is not None and newest[0] == name:
-            return newest[1], dict(newest[2])
-        layout = self.layout_of(name)
-        vectors: dict[str, Float32Array] = {}
-        with storage_errors(self._directory), self._path("models", name).open("rb") as file:
-            file.seek(LAYOUT_HASH_BYTES)
-            for vector, size in layout.vectors.items():
-                vectors[vector] = np.fromfile(file, "<f4", size)
-        if any(vectors[v].size != n for v, n in layout.vectors.items()) or model_hash(layout, vectors) != name:
-            raise StoreDamaged(f"model {name} in {self._directory} is damaged; restore it from a backup")
-        return layout, vectors
+        found = self._find(name)
+        return found.layout, dict(found.vectors)
 
     def model_transfer(self, name: ModelHash) -> Outgoing:
-        """A stored model as it is sent, encoded. Raises as ``model``."""
-        newest = self._newest
-        if newest is not None and newest[0] == name:
-            return newest[3]
-        layout, vectors = self.model(name)
-        outgoing = Outgoing("model", layout.hash, vectors, meta=layout.to_bytes())
-        outgoing.encode()
-        return outgoing
+        """A stored model as it is sent: frames are made from its file one by one. Raises as ``model``."""
+        return self._find(name).outgoing
+
+    def _find(self, name: ModelHash) -> _Mapped:
+        with self._lock:
+            found = self._mapped.get(name)
+        if found is None:
+            layout = self.layout_of(name)
+            vectors = self._map(name, layout)
+            if model_hash(layout, vectors) != name:
+                raise self._damaged(name)
+            found = _Mapped(layout, vectors, _transfer(layout, vectors))
+            found.outgoing.encode()
+        self._keep(name, found)
+        return found
+
+    def _keep(self, name: ModelHash, model: _Mapped) -> None:
+        with self._lock:
+            self._mapped[name] = model
+            self._mapped.move_to_end(name)
+            while len(self._mapped) > MODELS_MAPPED:
+                self._mapped.popitem(last=False)
+
+    def _map(self, name: ModelHash, layout: Layout) -> dict[str, Float32Array]:
+        """A model's vectors, as its file has them. Raises ``StoreDamaged`` where that is too short."""
+        with storage_errors(self._directory), self._path("models", name).open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        vectors, start = {}, LAYOUT_HASH_BYTES
+        for vector, size in layout.vectors.items():
+            if start + 4 * size > len(mapped):
+                raise self._damaged(name)
+            vectors[vector] = np.frombuffer(mapped, "<f4", size, start)
+            start += 4 * size
+        return vectors
+
+    def _damaged(self, name: ModelHash) -> StoreDamaged:
+        return StoreDamaged(f"model {name} in {self._directory} is damaged; restore it from a backup")
 
     # -------------------------------------------------------------- strategy states
 
@@ -273,10 +308,8 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def _frozen(vector: Float32Array) -> Float32Array:
-    view = vector.view()
-    view.flags.writeable = False
-    return view
+def _transfer(layout: Layout, vectors: Mapping[str, Float32Array]) -> Outgoing:
+    return Outgoing("model", layout.hash, vectors, meta=layout.to_bytes(), keeps_copy=False)
 
 
 def _is_hash(name: str) -> bool:

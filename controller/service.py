@@ -6,8 +6,7 @@ Who calls is in the certificate (``hierfl/wire/access.py``), never in a message;
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
-from collections.abc import AsyncIterable, AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable
 from typing import TypeAlias
 
 import grpc
@@ -17,6 +16,7 @@ from grpc_health.v1 import health, health_pb2_grpc
 from controller import messages
 from controller.leader import Leader
 from controller.loop import RunLoop
+from controller.models import ModelCache
 from controller.receiving import receive_partial, take_abstention
 from controller.registry import Progress, Traffic
 from hierfl import documents, observe
@@ -34,17 +34,16 @@ from hierfl.wire.convert import key_from_proto, key_to_proto
 from hierfl.wire.fetch import model_frames
 from hierfl.wire.models import layout_of
 from hierfl.wire.resume import Unfinished
-from hierfl.wire.transfer import Expect, Incoming, Outgoing
+from hierfl.wire.transfer import Expect, Incoming
 
 __all__ = ["make_server"]
 
-Frames: TypeAlias = AsyncIterable[bytes]
 Context: TypeAlias = grpc.aio.ServicerContext
 
 MAX_MODEL_BYTES = 2**40
 """Of version 0, from an operator of this federation: 1 TiB; the disk is the nearer limit."""
-MODELS_KEPT = 3
-"""Encoded models in memory: the newest is fetched by all regions at once."""
+INLINE_BYTES = 2**20
+"""The frames of a smaller model are made on the event loop: handing them to a thread would cost more."""
 MAX_CODE_CHARACTERS = 64
 MAX_HEAD_CHARACTERS = 256
 
@@ -53,32 +52,11 @@ def make_server(leader: Leader) -> grpc.aio.Server:
     """A server with the three services, not listening yet (``tls.bind``)."""
     interceptor = AccessInterceptor(leader.kit.trust, leader.kit.identity)
     server = grpc.aio.server(interceptors=[interceptor], options=tls.server_options())
-    models = ModelCache(leader)
+    models = ModelCache(leader.blobs)
     rpc.add_service(server, "ControllerService", ControllerService(leader, models))
     rpc.add_service(server, "OperatorService", OperatorService(leader, models))
     health_pb2_grpc.add_HealthServicer_to_server(health.aio.HealthServicer(), server)
     return server
-
-
-class ModelCache:
-    """Models as transfers, the last few in memory; two that fetch one at once share it."""
-
-    def __init__(self, leader: Leader) -> None:
-        self._leader = leader
-        self._kept: OrderedDict[str, asyncio.Task[Outgoing]] = OrderedDict()
-
-    async def get(self, name: str) -> Outgoing:
-        """A model by its hash. Raises ``NotFound`` or ``StoreDamaged``."""
-        task = self._kept.get(name)
-        if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
-            task = self._kept[name] = asyncio.create_task(asyncio.to_thread(self._read, ModelHash(name)))
-        self._kept.move_to_end(name)
-        while len(self._kept) > MODELS_KEPT:
-            self._kept.popitem(last=False)
-        return await asyncio.shield(task)  # one caller who leaves does not end it for the others
-
-    def _read(self, name: ModelHash) -> Outgoing:
-        return self._leader.blobs.model_transfer(name)
 
 
 class ControllerService:
@@ -138,8 +116,7 @@ class ControllerService:
     async def FetchModel(  # noqa: N802
         self, request: pb.FetchModelRequest, context: Context
     ) -> AsyncIterator[bytes]:
-        outgoing = await self._models.get(request.model_hash)
-        async for frame in model_frames(outgoing.frames(), request, context):
+        async for frame in _sent(self._models, request, context):
             yield frame
 
 
@@ -148,13 +125,16 @@ class OperatorService:
 
     def __init__(self, leader: Leader, models: ModelCache) -> None:
         self._leader, self._models = leader, models
+        self._unfinished: Unfinished[str] = Unfinished()
+        """Uploads that were cut, by who sends them."""
 
     async def Hello(self, request: pb.HelloRequest, _: Context) -> pb.HelloResponse:  # noqa: N802
         return rpc.answer_hello(request, "the controller")
 
-    async def UploadModel(self, frames: Frames, _: Context) -> pb.UploadModelResponse:  # noqa: N802
-        incoming = Incoming(Expect("model", None, None, MAX_MODEL_BYTES))
-        await rpc.frames_of(frames, incoming)
+    async def UploadModel(self, frames: rpc.Frames, _: Context) -> pb.UploadModelResponse:  # noqa: N802
+        incoming = Incoming(Expect("model", None, None, MAX_MODEL_BYTES), keeps_frames=False)
+        incoming.feed(await rpc.first_frame(frames))
+        await self._unfinished.receive(current_identity().uri, frames, incoming)
         layout, vectors = await asyncio.to_thread(_uploaded, incoming)
         return pb.UploadModelResponse(model_hash=await self._leader.put_model(layout, vectors), layout_hash=layout.hash)
 
@@ -220,9 +200,15 @@ class OperatorService:
     async def FetchModel(  # noqa: N802
         self, request: pb.FetchModelRequest, context: Context
     ) -> AsyncIterator[bytes]:
-        outgoing = await self._models.get(request.model_hash)
-        async for frame in model_frames(outgoing.frames(), request, context):
+        async for frame in _sent(self._models, request, context):
             yield frame
+
+
+async def _sent(models: ModelCache, request: pb.FetchModelRequest, context: Context) -> AsyncIterator[bytes]:
+    outgoing = await models.get(request.model_hash, request.bases)
+    beside = outgoing.length_bytes > INLINE_BYTES  # its file may have to be read
+    async for frame in model_frames(outgoing.frames(), request, context, beside=beside):
+        yield frame
 
 
 def _region() -> RegionId:

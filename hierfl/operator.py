@@ -14,7 +14,7 @@ from typing import Any
 import grpc
 
 from hierfl import documents
-from hierfl.errors import HierFLError, Unreachable
+from hierfl.errors import HierFLError, Interrupted, TransferIncomplete, Unreachable
 from hierfl.job import Job
 from hierfl.layout import Layout, model_hash
 from hierfl.pki import Identity, Kit, RoleName
@@ -28,6 +28,8 @@ __all__ = ["Operator", "connect"]
 
 CONNECT_S = 5.0
 """Longest wait for a controller's first answer: an operator sits in front of it."""
+PAUSES_S = (0.5, 1.0, 2.0, 4.0)
+"""Before an upload that was cut goes on: each as long as the connection may need to be there again."""
 MAX_MODEL_BYTES = 2**40
 """Bound on a model fetched from a controller that this operator's own CA vouches for: 1 TiB."""
 
@@ -78,17 +80,26 @@ class Operator:
             raise self._error(error) from None
 
     async def upload_model(self, layout: Layout, vectors: Mapping[str, Float32Array]) -> ModelHash:
-        """Send version 0 of a run: flat float32 vectors in the layout's order. Returns the model's hash."""
-        outgoing = transfer.Outgoing("model", layout.hash, vectors, meta=layout.to_bytes())
-        call = self._stub.UploadModel
-        try:
-            response = await rpc.upload_frames(call, outgoing)
-        except grpc.RpcError as error:
-            raise self._error(error) from None
+        """Send version 0 of a run: flat float32 vectors in the layout's order. Returns the model's hash.
+
+        An upload that is cut goes on where it broke off, if the controller can be reached again soon.
+        """
+        outgoing = transfer.Outgoing("model", layout.hash, vectors, meta=layout.to_bytes(), keeps_copy=False)
+        response = await self._upload(outgoing)
         expected = model_hash(layout, vectors)
         if response.model_hash != expected:
             raise Unreachable(f"the controller at {self.address} received another model than was sent; try again")
         return expected
+
+    async def _upload(self, outgoing: transfer.Outgoing) -> Any:
+        for pause_s in PAUSES_S:
+            try:
+                return await rpc.upload_frames(self._stub.UploadModel, outgoing)
+            except HierFLError as error:
+                if not _is_cut(error):
+                    raise
+                await asyncio.sleep(pause_s)
+        return await rpc.upload_frames(self._stub.UploadModel, outgoing)
 
     async def submit(self, job: Job, model: ModelHash) -> RunId:
         """Submit a run of ``job`` from the uploaded ``model``; asked twice, it is submitted once."""
@@ -147,3 +158,8 @@ class Operator:
     async def status(self) -> pb.GetStatusResponse:
         response: pb.GetStatusResponse = await self._call("GetStatus", pb.GetStatusRequest())
         return response
+
+
+def _is_cut(error: HierFLError) -> bool:
+    """Whether an upload may go on; a connection that breaks under a stream is not always called unreachable."""
+    return isinstance(error, Unreachable | TransferIncomplete | Interrupted) or type(error) is HierFLError

@@ -38,7 +38,8 @@ from hierfl.types import AttemptKey, ClientRef
 from hierfl.wire import hierfl_pb2 as pb
 from hierfl.wire import rpc, transfer
 from hierfl.wire.convert import key_to_proto, receipt_from_proto
-from hierfl.wire.fetch import Fetcher
+from hierfl.wire.delta import Bases
+from hierfl.wire.fetch import Fetched, Fetcher
 
 __all__ = ["Link", "Waits", "checked", "probe"]
 
@@ -208,11 +209,13 @@ class Link:
             raise Unreachable("there is no connection to the combiner now")
         return self._stub
 
-    async def fetch_model(self, model_hash: str, expect: transfer.Expect, fetcher: Fetcher) -> transfer.Incoming:
-        """A model, checked against its hash. ``fetcher`` has what came of it before the connection broke."""
+    async def fetch_model(self, model_hash: str, expect: transfer.Expect, bases: Bases, fetcher: Fetcher) -> Fetched:
+        """A model, checked against its hash. ``fetcher`` has what came of it before the connection broke; ``bases``
+        are here.
+        """
         stub = self._ready()
         with _errors_of(stub):
-            return await fetcher.fetch(stub, model_hash, expect)
+            return await fetcher.fetch(stub, model_hash, expect, bases)
 
     async def admit(
         self, key: AttemptKey, outgoing: transfer.Outgoing, weight: int, signature: bytes

@@ -19,8 +19,8 @@ from hierfl.layout import Layout
 from hierfl.plan import Plan
 from hierfl.types import Float32Array, ModelHash
 from hierfl.wire import transfer
-from hierfl.wire.fetch import Fetcher
-from hierfl.wire.models import layout_of
+from hierfl.wire.delta import Base, Bases
+from hierfl.wire.fetch import Fetched, Fetcher
 
 __all__ = ["FetchedModel", "ModelCache", "OwnModels"]
 
@@ -52,10 +52,8 @@ class ModelCache:
             fetcher = self._fetchers[model_hash] = Fetcher(keeps_frames=False)
         return fetcher
 
-    async def get(
-        self, plan: Plan, fetch: Callable[[str, transfer.Expect], Awaitable[transfer.Incoming]]
-    ) -> FetchedModel:
-        """The model that the plan starts from.
+    async def get(self, plan: Plan, fetch: Callable[[str, transfer.Expect, Bases], Awaitable[Fetched]]) -> FetchedModel:
+        """The model that the plan starts from; whole, or as a difference to one that is here.
 
         Raises:
             HierFLError: It could not be fetched, or is another.
@@ -66,24 +64,34 @@ class ModelCache:
                 expect = transfer.Expect(
                     "model", plan.base.layout_hash, None, plan.base.size_bytes, vouched=plan.base.digest
                 )
-                incoming = await fetch(wanted, expect)
-                self._models[wanted] = await asyncio.to_thread(_taken, incoming)
+                self._forget_oldest(KEEP_MODELS - 1)
+                fetched = await fetch(wanted, expect, self._bases(plan.base.layout_hash))
+                self._models[wanted] = await asyncio.to_thread(_taken, fetched)
             model = self._models[wanted] = self._models.pop(wanted)  # the newest last
-        self._forget_oldest()
+        self._forget_oldest(KEEP_MODELS)
         return model
 
-    def _forget_oldest(self) -> None:
-        for old in list(self._models)[:-KEEP_MODELS]:
+    def _bases(self, layout_hash: str) -> dict[ModelHash, Base]:
+        """The models that are here, the newest first."""
+        newest_first = reversed(self._models.items())
+        return {held: _base(model) for held, model in newest_first if model.layout.hash == layout_hash}
+
+    def _forget_oldest(self, keep: int) -> None:
+        for old in list(self._models)[:-keep]:
             del self._models[old]
             if not self._locks[old].locked():
                 del self._locks[old]
 
 
-def _taken(incoming: transfer.Incoming) -> FetchedModel:
-    vectors = incoming.vectors()
+def _base(model: FetchedModel) -> Base:
+    return Base(model.layout, lambda: {name: [vector] for name, vector in model.vectors.items()})
+
+
+def _taken(fetched: Fetched) -> FetchedModel:
+    vectors = fetched.vectors()
     for vector in vectors.values():
         vector.flags.writeable = False
-    return FetchedModel(layout_of(incoming), vectors)
+    return FetchedModel(fetched.layout, vectors)
 
 
 class OwnModels:

@@ -70,7 +70,7 @@ def _message_head(dtype: str, num_values: int) -> bytes:
     return bytes(message[: _PREFIX.size + metadata_bytes])
 
 
-def decode_chunk(frame: bytes, dtype: str, num_values: int) -> np.ndarray:
+def decode_chunk(frame: bytes | memoryview, dtype: str, num_values: int) -> np.ndarray:
     """The values of a message that must hold exactly ``num_values`` of ``dtype``.
 
     Returns:
@@ -90,7 +90,7 @@ def decode_chunk(frame: bytes, dtype: str, num_values: int) -> np.ndarray:
     return values
 
 
-def _inspect(frame: bytes, num_values: int, itemsize: int) -> None:
+def _inspect(frame: bytes | memoryview, num_values: int, itemsize: int) -> None:
     """Refuse all but one plain column: no compression, nulls, dictionaries, custom metadata, or spare bytes."""
     metadata, body_bytes = _split(frame)
     message = _Table.root(metadata)
@@ -106,7 +106,7 @@ def _inspect(frame: bytes, num_values: int, itemsize: int) -> None:
     _check_buffers(batch.pairs(2, at_most=2), body_bytes, num_values, itemsize)
 
 
-def _split(frame: bytes) -> tuple[memoryview, int]:
+def _split(frame: bytes | memoryview) -> tuple[memoryview, int]:
     """The metadata of a message, and how many bytes follow it."""
     _require(len(frame) >= _PREFIX.size, "is shorter than a message's prefix")
     marker, size = _PREFIX.unpack_from(frame)

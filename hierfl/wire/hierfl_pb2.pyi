@@ -82,14 +82,16 @@ class Offer(_message.Message):
     def __init__(self, key: _Optional[_Union[AttemptKey, _Mapping]] = ..., leader_epoch: _Optional[int] = ..., plan: _Optional[bytes] = ..., signature: _Optional[bytes] = ..., certificate: _Optional[bytes] = ..., traceparent: _Optional[str] = ...) -> None: ...
 
 class FetchModelRequest(_message.Message):
-    __slots__ = ("model_hash", "from_chunk", "descriptor_digest")
+    __slots__ = ("model_hash", "from_chunk", "descriptor_digest", "bases")
     MODEL_HASH_FIELD_NUMBER: _ClassVar[int]
     FROM_CHUNK_FIELD_NUMBER: _ClassVar[int]
     DESCRIPTOR_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    BASES_FIELD_NUMBER: _ClassVar[int]
     model_hash: str
     from_chunk: int
     descriptor_digest: str
-    def __init__(self, model_hash: _Optional[str] = ..., from_chunk: _Optional[int] = ..., descriptor_digest: _Optional[str] = ...) -> None: ...
+    bases: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, model_hash: _Optional[str] = ..., from_chunk: _Optional[int] = ..., descriptor_digest: _Optional[str] = ..., bases: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class FollowRequest(_message.Message):
     __slots__ = ("apps", "endpoints_epoch", "endpoints_version")

@@ -35,6 +35,8 @@ __all__ = [
     "blocks_of",
     "expect_partial",
     "expect_residual",
+    "most_vectors",
+    "outgoing_packed",
     "outgoing_partial",
     "outgoing_residual",
     "packed_sums",
@@ -65,22 +67,28 @@ def outgoing_partial(
 
     ``sums`` must not change until it is; each of its group's shape, int64. Beside them there is one encoded copy.
     """
-    return _outgoing("partial", layout_hash, groups, sums, meta)
+    return outgoing_packed("partial", layout_hash, groups, sums, meta)
 
 
 def outgoing_residual(
     layout_hash: str, groups: tuple[ColumnGroup, ...], left_over: Mapping[str, Int64Array]
 ) -> Outgoing:
     """What rounding left over in these groups, as ``outgoing_partial``: to be stored."""
-    return _outgoing("residual", layout_hash, groups, left_over, b"{}")
+    return outgoing_packed("residual", layout_hash, groups, left_over, b"{}")
 
 
-def _outgoing(
-    kind: Kind, layout_hash: str, groups: tuple[ColumnGroup, ...], sums: Mapping[str, Int64Array], meta: bytes
+def outgoing_packed(
+    kind: Kind,
+    layout_hash: str,
+    groups: tuple[ColumnGroup, ...],
+    sums: Mapping[str, Int64Array],
+    meta: bytes,
+    encoding: str = PACKED,
 ) -> Outgoing:
+    """As ``outgoing_partial``, for whatever is packed like sums."""
     blocks = packing.measure(groups, sums)
     vectors = _vectors(blocks.widths.size, blocks.num_words)
-    return Outgoing.made(kind, layout_hash, vectors, lambda: _chunks(blocks, sums), meta, PACKED)
+    return Outgoing.made(kind, layout_hash, vectors, lambda: _chunks(blocks, sums), meta, encoding)
 
 
 def _chunks(blocks: Blocks, sums: Mapping[str, Int64Array]) -> Iterator[np.ndarray]:
@@ -109,10 +117,15 @@ def expect_residual(groups: tuple[ColumnGroup, ...], layout_hash: str, digest: s
 
 
 def _expect(kind: Kind, groups: tuple[ColumnGroup, ...], layout_hash: str | None, digest: str | None) -> Expect:
-    columns = columns_of(groups)
-    vectors = _vectors(packing.num_blocks(columns), packing.max_words(columns))
+    vectors = most_vectors(groups)
     most = sum(spec.length_bytes for spec in vectors)
     return Expect(kind, layout_hash, vectors, most, digest, encoding=PACKED, at_most=True)
+
+
+def most_vectors(groups: tuple[ColumnGroup, ...]) -> tuple[VectorSpec, ...]:
+    """The vectors of sums over ``groups``, with as many words as these can have at most."""
+    columns = columns_of(groups)
+    return _vectors(packing.num_blocks(columns), packing.max_words(columns))
 
 
 def blocks_of(incoming: Incoming, groups: tuple[ColumnGroup, ...]) -> Blocks | None:

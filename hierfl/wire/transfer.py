@@ -15,7 +15,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import cast
+from typing import TypeAlias, cast
 
 import numpy as np
 
@@ -47,6 +47,7 @@ __all__ = [
     "SMALL_UPDATE_BYTES",
     "Descriptor",
     "Expect",
+    "Frame",
     "Header",
     "Incoming",
     "Kind",
@@ -60,6 +61,9 @@ SMALL_UPDATE_BYTES = 65_536
 """Of values: what is not larger may be handed in with the request for admission, which saves a stream."""
 MOST_FRAME_BYTES = 2 * SMALL_UPDATE_BYTES
 """Of a small update's frames: its values, its header and what Arrow adds."""
+
+Frame: TypeAlias = bytes | memoryview
+"""One of a transfer's: gRPC sends and brings bytes; those that wait may lie in shared memory."""
 
 
 class Outgoing:
@@ -159,6 +163,21 @@ class Outgoing:
         outgoing._text = incoming.header.descriptor
         outgoing._copy, outgoing._digest = tuple(incoming.frames), incoming.digest
         outgoing._lock = threading.Lock()
+        return outgoing
+
+    def over(self, vectors: Mapping[str, np.ndarray]) -> Outgoing:
+        """The same transfer from equal vectors that lie elsewhere, such as in a file; no copy is kept of these."""
+        described = self.descriptor
+        outgoing = Outgoing(
+            described.kind,
+            described.layout_hash,
+            vectors,
+            described.meta.encode(),
+            described.encoding,
+            described.digest_alg,
+            keeps_copy=False,
+        )
+        outgoing._text, outgoing._digest = self._text, self.digest
         return outgoing
 
     @property

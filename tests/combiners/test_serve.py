@@ -13,10 +13,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 
 from hierfl.errors import Unreachable
+from hierfl.layout import Layout, model_hash
+from hierfl.plan import ModelRef
+from hierfl.wire.fetch import fetch_model
+from hierfl.wire.transfer import Expect, Outgoing
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
@@ -124,6 +129,35 @@ async def test_the_sums_of_many_intakes_are_added_through_the_object_store(
         assert [one["address"] for one in listed] == [f"combiner.example:{port}" for port in ports]
         assert await served.stop() == 0
         assert "added elsewhere" not in served.ready["said"].read_text()
+
+
+async def test_a_large_model_is_served_from_the_object_store_and_outlives_its_region(
+    serve, controller, client_kits, connect, plan
+):
+    """Both intakes serve it from there, and after the Region's death too, whose object it was."""
+    layout = Layout.of({"w": np.zeros(3_000_000, np.float32)})
+    vectors = {"train": np.random.default_rng(1).standard_normal(3_000_000).astype(np.float32)}
+    name = model_hash(layout, vectors)
+    controller.models[name] = Outgoing("model", layout.hash, vectors, meta=layout.to_bytes())
+    base = ModelRef(version=0, model_hash=name, layout_hash=layout.hash, size_bytes=12_000_000)
+    expect = Expect("model", layout.hash, None, base.size_bytes)
+
+    async def fetched(client):
+        incoming = await fetch_model(client.stub, name, expect)
+        return incoming.vectors()["train"].tobytes()
+
+    async with serve() as served:
+        clients = [await connect(kit, served.addresses[n % 2]) for n, kit in enumerate(client_kits[:3])]
+        await controller.offer(replace(plan, base=base))
+        await asyncio.gather(*(client.offer() for client in clients))
+        for client in clients:
+            assert await fetched(client) == vectors["train"].tobytes()
+        assert "stays in the Region's memory" not in served.ready["said"].read_text()
+        served.actor("RegionActor").kill()
+        await asyncio.gather(*(client.ended.wait() for client in clients))
+        again = [await connect(kit, served.addresses[0]) for kit in client_kits[:3]]
+        await asyncio.gather(*(client.offer() for client in again))
+        assert await fetched(again[0]) == vectors["train"].tobytes()
 
 
 async def persist(connect, kit, address, plan):

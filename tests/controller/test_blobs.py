@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -59,6 +60,42 @@ def test_a_damaged_model_is_never_returned(blobs, tmp_path, spoil):
     else:
         with pytest.raises(StoreDamaged):
             blobs.model(name)
+
+
+def test_a_model_that_is_in_use_outlives_its_file_and_whatever_takes_its_place(blobs, tmp_path):
+    """Mapped files are removed or renamed over, never cut: whoever reads one goes on reading what it was."""
+    name = blobs.put_model(LAYOUT, VECTORS)
+    path = tmp_path / "blobs" / "models" / name
+    transfer, (_, vectors) = blobs.model_transfer(name), blobs.model(name)
+    frames = list(transfer.frames())
+    other = tmp_path / "other"
+    other.write_bytes(bytes(1))
+    other.replace(path)
+    assert vectors["train"].tolist() == VECTORS["train"].tolist()
+    path.unlink()
+    assert list(transfer.frames()) == frames == list(Outgoing.over(transfer, VECTORS).frames())
+    assert blobs.put_model(LAYOUT, VECTORS) == name
+    with pytest.raises(ValueError, match="read-only"):
+        vectors["train"][0] = 1
+
+
+def test_a_stored_model_takes_no_memory_of_the_process(blobs):
+    """The vectors given are let go, and neither they nor frames of them are kept."""
+    layout = Layout.of({"w": np.zeros(2**20, np.float32)})
+    names = []
+    tracemalloc.start()
+    try:
+        for seed in range(3):
+            values = np.random.default_rng(seed).standard_normal(2**20).astype(np.float32)
+            names.append(blobs.put_model(layout, {"train": values}))
+            del values
+        for name in names:
+            for frame in blobs.model_transfer(name).frames():
+                del frame
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held < 2**20
 
 
 def test_a_strategy_state_comes_back_by_its_digest(blobs, tmp_path):

@@ -9,6 +9,9 @@ import pytest
 from federations import job, noisy_app
 from proxies import Proxy, proxy_to
 
+from hierfl.client.params import make_layout
+from hierfl.operator import connect
+from hierfl.pki import Kit
 from hierfl.wire import hierfl_pb2 as pb
 
 NUM_VALUES = 8_000_000
@@ -64,3 +67,18 @@ async def test_a_cut_transfer_goes_on_where_it_broke_off_and_the_model_has_the_s
         assert [item.model_hash for item in run.rounds] == [item.model_hash for item in uncut.rounds]
         assert [item.num_updates for item in run.rounds] == [len(SITES)]
         assert again < (0.3 - OVERHEAD) * size, f"cut at {fraction}"
+
+
+@pytest.mark.timeout(120)
+async def test_an_operators_upload_that_is_cut_goes_on_where_it_broke_off(federate):
+    app = noisy_app(num_values=NUM_VALUES)
+    layout, vectors = make_layout(app.init({}))
+    async with federate({}, app=app) as federation:
+        kit = Kit.load(federation.kit("operators", "admin"))
+        for cuts in ([SIZE_BYTES // 2, SIZE_BYTES // 4], [int(0.99 * SIZE_BYTES)]):
+            async with proxy_to(federation.controller.address, cut_up=cuts) as proxy:
+                async with connect(kit, proxy.address) as operator:
+                    name = await operator.upload_model(layout, vectors)
+                assert proxy.num_cut == len(cuts)
+            assert federation.controller.leader.blobs.model(name)[1]["train"].tobytes() == vectors["train"].tobytes()
+            assert proxy.bytes["up"] < (1 + 0.3 * len(cuts)) * SIZE_BYTES
