@@ -131,15 +131,22 @@ async def test_the_sums_of_many_intakes_are_added_through_the_object_store(
         assert "added elsewhere" not in served.ready["said"].read_text()
 
 
+def private_bytes(process: psutil.Process) -> int:
+    """Resident, beyond what is shared with files or other processes."""
+    memory = process.memory_info()
+    return int(memory.rss - memory.shared)
+
+
 async def test_a_large_model_is_served_from_the_object_store_and_outlives_its_region(
     serve, controller, client_kits, connect, plan
 ):
     """Both intakes serve it from there, and after the Region's death too, whose object it was."""
-    layout = Layout.of({"w": np.zeros(3_000_000, np.float32)})
-    vectors = {"train": np.random.default_rng(1).standard_normal(3_000_000).astype(np.float32)}
+    num_values = 10_000_000
+    layout = Layout.of({"w": np.zeros(num_values, np.float32)})
+    vectors = {"train": np.random.default_rng(1).standard_normal(num_values).astype(np.float32)}
     name = model_hash(layout, vectors)
     controller.models[name] = Outgoing("model", layout.hash, vectors, meta=layout.to_bytes())
-    base = ModelRef(version=0, model_hash=name, layout_hash=layout.hash, size_bytes=12_000_000)
+    base = ModelRef(version=0, model_hash=name, layout_hash=layout.hash, size_bytes=4 * num_values)
     expect = Expect("model", layout.hash, None, base.size_bytes)
 
     async def fetched(client):
@@ -150,8 +157,11 @@ async def test_a_large_model_is_served_from_the_object_store_and_outlives_its_re
         clients = [await connect(kit, served.addresses[n % 2]) for n, kit in enumerate(client_kits[:3])]
         await controller.offer(replace(plan, base=base))
         await asyncio.gather(*(client.offer() for client in clients))
+        intake = served.actor("IntakeActor")
+        before = private_bytes(intake)
         for client in clients:
             assert await fetched(client) == vectors["train"].tobytes()
+        assert private_bytes(intake) - before < base.size_bytes / 2, "no copy of it at the intake"
         assert "stays in the Region's memory" not in served.ready["said"].read_text()
         served.actor("RegionActor").kill()
         await asyncio.gather(*(client.ended.wait() for client in clients))

@@ -62,6 +62,14 @@ def test_signs_of_zero_and_payloads_of_nan_are_changes_and_equal_nans_are_none()
     assert rows["train.step"].tolist() == [-(2**31), 1]
 
 
+def test_the_example_of_the_protocol():
+    base = {"train": np.array([0.25, -1, 0, 0.5, 7.5], np.float32)}
+    rows = delta.changes(base, {"train": np.array([0.25, -1.5, 0, -0.5, 7.5], np.float32)}, 2)
+    assert rows is not None
+    assert rows["train.gap"].tolist() == [2, 2]
+    assert rows["train.step"].tolist() == [4194304, -2147483648]
+
+
 def test_more_changes_than_asked_for_are_no_difference():
     base, model = {"train": np.zeros(8, np.float32)}, {"train": np.ones(8, np.float32)}
     assert delta.changes(base, model, 7) is None
