@@ -249,8 +249,21 @@ def _own(settings: CombinerSettings, namespace: str) -> Iterator[None]:
     folder = make_temporary(note)
     os.environ.update(_OWN_RAY, RAY_AUTH_TOKEN=secrets.token_hex(32), RAY_TMPDIR=str(folder))
     try:
-        import ray
+        _init(namespace, folder)
+        try:
+            yield
+        finally:
+            import ray
 
+            ray.shutdown()
+    finally:
+        clean_up(folder, note)
+
+
+def _init(namespace: str, folder: Path) -> None:
+    import ray
+
+    try:
         ray.init(
             address="local",
             namespace=namespace,
@@ -262,12 +275,13 @@ def _own(settings: CombinerSettings, namespace: str) -> Iterator[None]:
             _system_config={"automatic_object_spilling_enabled": False},
             logging_level=logging.WARNING,
         )
-        try:
-            yield
-        finally:
-            ray.shutdown()
-    finally:
-        clean_up(folder, note)
+    except Exception as error:  # Ray raises bare ones
+        if "timed out" not in str(error):
+            raise
+        ray.shutdown()
+        raise Unreachable(
+            "Ray did not start in the time that it gives itself; is this machine overloaded, or short of memory? Try again"
+        ) from None
 
 
 def _object_store_bytes() -> int:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import timedelta
 from itertools import islice
 from typing import Any, Protocol
 
@@ -35,6 +37,7 @@ __all__ = [
     "add_service",
     "answer_hello",
     "chunks_there",
+    "clocks_apart",
     "first_frame",
     "frames_of",
     "hello",
@@ -42,6 +45,8 @@ __all__ = [
     "stub",
     "upload_frames",
 ]
+
+logger = logging.getLogger(__name__)
 
 SOFTWARE = f"hierfl {__version__}"
 
@@ -60,6 +65,9 @@ RESUME = "hierfl-transfer-resume"
 
 FROM_CHUNK = "hierfl-transfer-from"
 """Initial metadata: so many chunks are there already, from the first on, and do not come again."""
+
+CLOCKS_APART_S = 60.0
+"""Clocks that differ by more deserve a warning: certificates and ledgers depend on them, no decision does."""
 
 DRAIN_S = 5.0
 """Longest time that a server reads on after a transfer has turned out wrong."""
@@ -301,7 +309,7 @@ def stub(channel: grpc.aio.Channel, name: str) -> Stub:
 
 
 async def hello(stub: Stub, who: str, address: str) -> int:
-    """Open a session: the protocol version that both sides speak.
+    """Open a session: the protocol version that both sides speak. Clocks that are far apart get a warning in the log.
 
     Args:
         stub: Of any service; keeps the next two for its errors.
@@ -316,7 +324,19 @@ async def hello(stub: Stub, who: str, address: str) -> int:
         response = await stub.Hello(pb.HelloRequest(versions=PROTOCOL_VERSIONS, software=SOFTWARE))
     except grpc.RpcError as error:
         raise stub.error(error) from None
+    apart = clocks_apart(time.time_ns(), response.time_unix_ns)
+    if apart:
+        words = "this machine's clock is %s that of %s at %s; certificates depend on it: set it"
+        logger.warning(words, apart, who, address)
     return negotiate(PROTOCOL_VERSIONS, [response.version], our_name="this program", their_name=f"{who} at {address}")
+
+
+def clocks_apart(own_unix_ns: int, other_unix_ns: int) -> str:
+    """How far two clocks are apart, in words, such as ``1:00:02 ahead of``; empty where it is little, or not said."""
+    seconds = (own_unix_ns - other_unix_ns) / 1e9
+    if not other_unix_ns or abs(seconds) < CLOCKS_APART_S:
+        return ""
+    return f"{timedelta(seconds=round(abs(seconds)))} {'ahead of' if seconds > 0 else 'behind'}"
 
 
 def chunks_there(metadata: Iterable[tuple[str, str | bytes]]) -> int:

@@ -190,6 +190,37 @@ async def row_14(folder: Path, repeats: int) -> Figures:
     return verdict(14, SMALL, folder, repeats * len(DISK_POINTS) * 2, {}, *wrong)
 
 
+# ---------------------------------------------------------------- 16: clocks
+
+
+async def row_16(folder: Path, repeats: int) -> Figures:
+    """One region's clocks, its combiner's and its clients', are an hour ahead, then two days behind."""
+    wrong: list[str] = []
+    region, hour, days = SMALL.names[0], "+1h", "-2d"
+    async with trial(SMALL, folder) as harmed:
+        run = await harmed.submit()
+        await harmed.whole_again(run, 0)
+        for _ in range(repeats):
+            await harmed.restart_at(region, hour)
+            await harmed.whole_again(run)
+            await harmed.restart_at(region, days)  # its certificates are not valid yet
+            before = len(await harmed.rounds(run))
+            await harmed.round_after(run, before + 5)
+            if any(
+                region in [share.region for share in one.regions] for one in (await harmed.rounds(run))[before + 1 :]
+            ):
+                wrong.append(f"{region} took part two days before its certificates are valid")
+            await harmed.restart_at(region, "")
+            await harmed.whole_again(run)
+        said = sum(map(harmed.mentions, ("clock is 1:00:00 ahead of", "clock is 0:59:59 ahead of")))
+        shut_out = harmed.mentions("clock")
+        await harmed.end(run)
+    if not said:
+        wrong.append("no warning names the clock that is an hour ahead")
+    figures = {"warnings": said, "words_on_clocks": shut_out}
+    return verdict(16, SMALL, folder, 2 * repeats, figures, *wrong)
+
+
 # ---------------------------------------------------------------- 17, 18: whole regions
 
 
@@ -299,6 +330,7 @@ ROWS: Mapping[int, Case] = {
     5: row_5,
     10: row_10,
     14: row_14,
+    16: row_16,
     17: row_17,
     18: row_18,
     19: row_19,

@@ -18,7 +18,7 @@ from hierfl.failpoints import POINTS, VARIABLE
 from hierfl.local import Federation, serving
 from hierfl.operator import Operator, connect
 from hierfl.pki import Kit
-from hierfl.types import RunId
+from hierfl.types import RegionId, RunId
 from hierfl.wire import hierfl_pb2 as pb
 from tests.chaos import books
 from tests.chaos.load import Load
@@ -26,6 +26,8 @@ from tests.chaos.load import Load
 __all__ = ["Trial", "trial", "until"]
 
 LOOK_S = 0.02
+FAKETIME = next(map(str, Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1")), "")
+"""Shifts the clock of the processes that load it."""
 PATIENCE_S = 60.0
 
 
@@ -166,14 +168,27 @@ class Trial:
         shutil.rmtree(folder)
         copy.rename(folder)
 
+    async def restart_at(self, region: str, offset: str) -> None:
+        """Start a region again, its clocks off by so much (faketime's words); empty: right."""
+        names = [f"combiner-{region}", f"clients-{region}-0"]
+        await asyncio.gather(*(self.federation.kill(name) for name in names))
+        off = {"LD_PRELOAD": FAKETIME, "FAKETIME": offset} if offset else {}
+        os.environ.update(off)
+        try:
+            await self.federation.start_region(RegionId(region))
+        finally:
+            for name in off:
+                del os.environ[name]
+
     # ------------------------------------------------------------ where things are
 
     async def says(self, words: str) -> None:
         """Wait until one of the programs says it, once more than so far."""
-        before = self._mentions(words)
-        await until(lambda: self._mentions(words) > before, f"somebody says {words!r}")
+        before = self.mentions(words)
+        await until(lambda: self.mentions(words) > before, f"somebody says {words!r}")
 
-    def _mentions(self, words: str) -> int:
+    def mentions(self, words: str) -> int:
+        """How often the programs have said it so far."""
         return sum(path.read_text(errors="replace").count(words) for path in (self.state / "logs").glob("*.log"))
 
     def combiner_address(self, region: str) -> str:

@@ -58,6 +58,7 @@ class Combiner:
         self.received: Incoming | None = None
         self.header: transfer.Header | None = None
         self.versions = (1,)
+        self.clock_apart_s = 0
         self.silence_s = 5.0
         self.closed = False
         self.failure: Exception | None = None
@@ -65,7 +66,9 @@ class Combiner:
     async def Hello(self, request, context):  # noqa: N802  the RPC's own name
         self.metadata = dict(context.invocation_metadata())
         if self.versions == (1,):
-            return rpc.answer_hello(request)
+            answer = rpc.answer_hello(request)
+            answer.time_unix_ns += self.clock_apart_s * 10**9
+            return answer
         negotiate(self.versions, request.versions, our_name="the combiner", their_name="this client")
         return pb.HelloResponse(version=max(self.versions))
 
@@ -148,6 +151,21 @@ async def test_hello_without_a_version_in_common_says_which_side_to_upgrade():
     async with serving(combiner) as stub:
         with pytest.raises(VersionMismatch, match="combiner speaks protocol 2, 3, this client 1: upgrade this client"):
             await rpc.hello(stub, "the combiner of eu", "here:1")
+
+
+@pytest.mark.parametrize(("apart_s", "said"), [(3600, "1:00:00 behind"), (-2 * 86_400, "2 days, 0:00:00 ahead of")])
+async def test_a_clock_that_is_far_from_the_servers_gets_a_warning(caplog, apart_s, said):
+    combiner = Combiner()
+    combiner.clock_apart_s = apart_s
+    async with serving(combiner) as stub:
+        await rpc.hello(stub, "the combiner of eu", "here:1")
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"this machine's clock is {said} that of the combiner of eu at here:1")
+
+
+def test_clocks_that_are_a_little_apart_or_not_said_are_nothing_to_talk_about():
+    now = 1_700_000_000 * 10**9
+    assert rpc.clocks_apart(now, now + 59 * 10**9) == rpc.clocks_apart(now, 0) == ""
 
 
 def test_versions_are_negotiated_downwards():
