@@ -280,7 +280,7 @@ def _init(namespace: str, folder: Path) -> None:
             raise
         ray.shutdown()
         raise Unreachable(
-            "Ray did not start in the time that it gives itself; is this machine overloaded, or short of memory? Try again"
+            "Ray did not start in the time it gives itself: is this machine overloaded, or short of memory? Try again"
         ) from None
 
 
