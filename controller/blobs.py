@@ -41,7 +41,7 @@ from hierfl.wire.framefile import read_frames, write_frames
 from hierfl.wire.packed import expect_partial, packed_sums
 from hierfl.wire.transfer import Outgoing
 
-__all__ = ["ArrivingPartial", "Blobs", "durable_directory", "storage_errors", "sync_directory"]
+__all__ = ["ArrivingPartial", "Blobs", "durable_directory", "state_bytes", "storage_errors", "sync_directory"]
 
 LAYOUT_HASH_BYTES = 64
 MODELS_MAPPED = 8
@@ -60,10 +60,13 @@ class _Mapped(NamedTuple):
 class Blobs:
     """Blobs under one directory. Methods block: call them in a worker thread where they may be large."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, read_only: bool = False) -> None:
+        """``read_only``: another process writes here, whose half-written files are left alone."""
         self._directory = directory
         self._mapped: OrderedDict[ModelHash, _Mapped] = OrderedDict()
         self._lock = threading.Lock()
+        if read_only:
+            return
         for kind in ("models", "layouts", "states", "partials"):
             durable_directory(directory / kind)
         for left in directory.glob("*/.part-*"):
@@ -162,11 +165,7 @@ class Blobs:
 
     def put_state(self, state: Mapping[str, np.ndarray]) -> str:
         """Store a strategy's state; returns its digest ``sha256:hex``, or ``""`` for a state without arrays."""
-        if not state:
-            return ""
-        from safetensors.numpy import save
-
-        return self._write("states", [save({name: np.asarray(state[name], order="C") for name in sorted(state)})])
+        return self._write("states", [state_bytes(state)]) if state else ""
 
     def state(self, digest: str) -> dict[str, np.ndarray]:
         """A strategy's state by its digest. Raises ``StoreDamaged`` where the file has another one."""
@@ -270,6 +269,13 @@ class ArrivingPartial:
             reach("controller.accept")
             self._temporary.replace(kind / digest.partition(":")[2])
             sync_directory(kind)
+
+
+def state_bytes(state: Mapping[str, np.ndarray]) -> bytes:
+    """A strategy's state as it is stored; its digest names it."""
+    from safetensors.numpy import save
+
+    return bytes(save({name: np.asarray(state[name], order="C") for name in sorted(state)}))
 
 
 @contextmanager

@@ -8,19 +8,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from controller.blobs import Blobs
 from controller.planning import strategy_of
 from controller.rows import AnswerRow, AttemptRow, RunRow
 from controller.summing import RunningSum
 from hierfl.aggregation import PartialAggregate, check_counts
 from hierfl.errors import HierFLError, LayoutMismatch, RegionRejected, RunFailed
+from hierfl.layout import Layout
 from hierfl.metrics import check_metric_sums
 from hierfl.plan import Plan
 from hierfl.records import PartialHead
 from hierfl.strategies.base import State
-from hierfl.types import ModelHash, RegionId
+from hierfl.types import Float32Array, ModelHash, RegionId
 
-__all__ = ["NextModel", "check_head", "merge_partials", "next_model"]
+__all__ = ["NextModel", "apply_strategy", "check_head", "merge_partials", "next_model"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,12 +69,12 @@ def merge_partials(
     return (running or RunningSum(attempt.spec.groups)).total(answers, blobs.partial)
 
 
-def next_model(blobs: Blobs, run: RunRow, total: PartialAggregate) -> NextModel:
-    """Apply the run's strategy to its current model and state; store what comes out.
+def apply_strategy(
+    blobs: Blobs, run: RunRow, total: PartialAggregate
+) -> tuple[Layout, dict[str, Float32Array], dict[str, np.ndarray]]:
+    """What the run's strategy makes of its current model and state: layout, model, the state after. Stores nothing.
 
-    Raises:
-        RunFailed: The strategy refused the sum, or broke: asking again would not help.
-        StorageError: The blobs could not be read or written.
+    Raises: as ``next_model``.
     """
     layout, vectors = blobs.model(run.model_hash)
     strategy = strategy_of(run.job)
@@ -84,6 +87,17 @@ def next_model(blobs: Blobs, run: RunRow, total: PartialAggregate) -> NextModel:
         raise RunFailed(f"strategy {run.job.strategy.name}: {error}") from error
     except Exception as error:
         raise RunFailed(f"strategy {run.job.strategy.name} broke: {type(error).__name__}: {error}") from error
+    return layout, dict(model), after.to_arrays()
+
+
+def next_model(blobs: Blobs, run: RunRow, total: PartialAggregate) -> NextModel:
+    """Apply the run's strategy to its current model and state; store what comes out.
+
+    Raises:
+        RunFailed: The strategy refused the sum, or broke: asking again would not help.
+        StorageError: The blobs could not be read or written.
+    """
+    layout, model, after = apply_strategy(blobs, run, total)
     name = blobs.put_model(layout, model)
     digest = blobs.model_transfer(name).digest
-    return NextModel(model_hash=name, model_digest=digest, state_digest=blobs.put_state(after.to_arrays()))
+    return NextModel(model_hash=name, model_digest=digest, state_digest=blobs.put_state(after))

@@ -35,6 +35,7 @@
             StoreDamaged          its contents contradict themselves
         PortInUse                 another program listens there
         RunFailed                 a run ended without its model
+        AuditMismatch             what is stored contradicts what was signed or counted
         Interrupted               Ctrl-C or SIGTERM: everything was stopped
         InvalidTransition         our bug: state and event in the message; let it surface
 
@@ -47,6 +48,7 @@ from __future__ import annotations
 
 __all__ = [
     "AppError",
+    "AuditMismatch",
     "CertificateExpired",
     "CertificateMissing",
     "CertificateUntrusted",
@@ -352,6 +354,13 @@ class RunFailed(HierFLError):
     """A run ended without its model; the message gives the reason."""
 
     code = "HFL-700"
+
+
+class AuditMismatch(HierFLError):
+    """What is stored contradicts what was signed or counted; the report names the rows."""
+
+    code = "HFL-702"
+    exit_code = 8
 
 
 class Interrupted(HierFLError):

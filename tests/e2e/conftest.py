@@ -7,11 +7,14 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
+from commands import hierfl
 from federations import InProcess, directly, noisy_app
 
 from combiners.desk import IntakeSettings
 from combiners.settings import RegionSettings
 from hierfl.client.app import App
+
+__all__ = ["federate", "hierfl"]
 
 
 @pytest.fixture

@@ -1,0 +1,356 @@
+"""The audit's half at the controller: models, records, rounds, attempts, answers, blobs; and the regions' summaries.
+
+Pure: rows in, findings out. The controller's signature over each commit record holds the run together: it names the
+model before, the model made, and every partial that went into it. Rows have to say what the records say, blobs have to
+be what they are named, and each region's own summary has to know the partials and the word on them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import reduce
+
+from controller.audit_rows import RunRows, SeenBlob
+from controller.merge import check_head
+from controller.planning import plan_for
+from controller.rows import AnswerRow, AttemptRow, ModelRow, RoundRow
+from hierfl.audit import Book, Kind, RegionSummary, SealSummary
+from hierfl.errors import HierFLError
+from hierfl.metrics import STANDARD_METRICS, add_metrics, metric_values, with_means
+from hierfl.receipts import ReceiptState
+from hierfl.records import CommitRecord, CountedPartial
+from hierfl.rounds import RoundState
+from hierfl.types import RegionId, TaskKind
+
+__all__ = ["audit_run", "join", "regions_counted"]
+
+Blobs = Mapping[tuple[str, str], SeenBlob]
+
+
+def audit_run(book: Book, rows: RunRows, blobs: Blobs, federation: str) -> None:
+    """Hold everything of a run against everything else of it."""
+    _check_versions(book, rows)
+    for version, record in sorted(rows.records.items()):
+        _check_record(book, rows, version, record, federation)
+    _check_rounds(book, rows)
+    for attempt in rows.attempts:
+        _check_attempt(book, rows, attempt)
+    for answer in rows.answers:
+        _check_answer(book, rows, answer, blobs, federation)
+    _check_run(book, rows)
+    _check_blobs(book, rows, blobs)
+
+
+# ---------------------------------------------------------------- versions and records
+
+
+def _check_versions(book: Book, rows: RunRows) -> None:
+    """Versions without a gap; each but the first with its record, in the store and as a file, byte for byte."""
+    run, found = rows.run, {row.version: row for row in rows.models}
+    for version in range(run.version + 1):
+        book.expect("models", f"{run.run}/{version}", "row", _there(version in found), "there")
+    for version in sorted(found.keys() - set(range(run.version + 1))):
+        book.wrong("models", f"{run.run}/{version}", "row", "there", f"versions up to the run's, {run.version}")
+    for version, model in sorted(found.items()):
+        if version:
+            _check_model_row(book, rows, model)
+    for version in sorted(rows.commits.keys() - found.keys()):
+        if version > run.version and not run.state.is_terminal:  # the files were read after the rows
+            book.note(Kind.OPEN, "commits", f"{run.run}/{version}", "record", "of a version that is just being stored")
+        else:
+            book.wrong("commits", f"{run.run}/{version}", "file", "there", "no record of a version that is not stored")
+
+
+def _check_model_row(book: Book, rows: RunRows, model: ModelRow) -> None:
+    key, record, file = f"{model.run}/{model.version}", rows.records.get(model.version), rows.commits.get(model.version)
+    if file is None:
+        if not any(f.table == "commits" and f.key == key for f in book.findings):  # else said already
+            book.wrong("commits", key, "file", "not there", "the record of each version")
+    else:
+        book.expect("models", key, "record", model.record, file.record)
+        book.expect("models", key, "signature", model.signature.hex(), file.signature.hex())
+    if record is not None:
+        book.expect_all(
+            "models",
+            key,
+            {
+                "model_hash": (model.model_hash, record.model_hash),
+                "layout_hash": (model.layout_hash, record.layout_hash),
+                "committed_unix_ns": (model.committed_unix_ns, record.committed_unix_ns),
+            },
+        )
+
+
+def _check_record(book: Book, rows: RunRows, version: int, record: CommitRecord, federation: str) -> None:
+    """A record against the run, the version before it, and its own partials."""
+    run, key = rows.run, f"{rows.run.run}/{version}"
+    before = next((row.model_hash for row in rows.models if row.version == version - 1), None)
+    earlier = [one.leader_epoch for number, one in rows.records.items() if number < version]
+    expected = {
+        "federation": (record.federation, federation),
+        "run": (record.run, run.run),
+        "version": (record.version, version),
+        "round": (record.round, version),
+        "layout_hash": (record.layout_hash, run.layout_hash),
+        "strategy": (record.strategy, run.job.strategy.name),
+        "exact_in_two_tiers": (record.exact_in_two_tiers, run.exact_in_two_tiers),
+        "updates": (record.updates, run.job.updates.encoding),
+        "weight": (record.weight, sum(partial.weight for partial in record.partials)),
+    }
+    if before is not None:
+        expected["previous_hash"] = (record.previous_hash, before)
+    book.expect_all("commits", key, expected)
+    if record.leader_epoch < max(earlier, default=0):
+        book.wrong("commits", key, "leader_epoch", record.leader_epoch, f"at least {max(earlier)}, as before it")
+    for region, times in Counter(partial.region for partial in record.partials).items():
+        book.expect("commits", key, f"partials of {region}", times, 1)
+    _check_counted(book, rows, version, record)
+
+
+def _check_counted(book: Book, rows: RunRows, version: int, record: CommitRecord) -> None:
+    """Each partial of a record is an answer to its attempt, with the same counts."""
+    key = f"{rows.run.run}/{version}"
+    attempt = _attempt_of(rows, TaskKind.TRAIN, record.round, record.attempt)
+    if attempt is None:
+        book.wrong("attempts", f"{key}: round {record.round}, attempt {record.attempt}", "row", "not there", "there")
+        return
+    answers = {answer.digest: answer for answer in rows.answers_to(attempt) if answer.digest}
+    for partial in record.partials:
+        answer = answers.get(partial.digest)
+        if answer is None:
+            book.wrong("answers", f"{attempt.key} of {partial.region}", partial.digest, "not there", "a row")
+        elif answer.head is not None:
+            book.expect("answers", f"{attempt.key} of {partial.region}", "counts", _counted(answer), partial)
+    heads = [answers[p.digest].head for p in record.partials if p.digest in answers]
+    if len(heads) == len(record.partials):
+        sums: Mapping[str, int] = reduce(add_metrics, (head.metrics for head in heads if head is not None), {})
+        book.expect("commits", key, "metrics", _without_zeros(record.metrics), _without_zeros(sums))
+
+
+def _counted(answer: AnswerRow) -> CountedPartial:
+    assert answer.head is not None, "it is a partial"
+    head = answer.head
+    return CountedPartial(
+        region=answer.region,
+        digest=answer.digest,
+        weight=head.weight,
+        num_sites=head.num_sites,
+        num_updates=head.num_updates,
+    )
+
+
+def _without_zeros(metrics: Mapping[str, int]) -> dict[str, int]:
+    return {name: value for name, value in sorted(metrics.items()) if value}
+
+
+# ---------------------------------------------------------------- rounds and attempts
+
+
+def _check_rounds(book: Book, rows: RunRows) -> None:
+    run = rows.run
+    train = {row.round: row for row in rows.rounds if row.task is TaskKind.TRAIN}
+    for number in range(1, run.rounds_committed + 1):
+        book.expect("rounds", f"{run.run}/train/{number}", "row", _there(number in train), "there")
+    for number in sorted(train.keys() - set(range(1, run.rounds_committed + 1))):
+        book.wrong("rounds", f"{run.run}/train/{number}", "row", "there", f"rounds up to {run.rounds_committed}")
+    for number, told in sorted(train.items()):
+        if number in rows.records:
+            _check_told(book, rows, told, rows.records[number])
+    for told in rows.rounds:
+        if told.task is TaskKind.EVALUATE:
+            _check_evaluation(book, rows, told)
+
+
+def _check_told(book: Book, rows: RunRows, told: RoundRow, record: CommitRecord) -> None:
+    book.expect_all(
+        "rounds",
+        f"{told.run}/{told.task}/{told.round}",
+        {
+            **_sums_of(told, record.partials),
+            "attempt": (told.attempt, record.attempt),
+            "version": (told.version, record.version),
+            "model_hash": (told.model_hash, record.model_hash),
+            "metrics": (dict(told.metrics), with_means(metric_values(STANDARD_METRICS, record.metrics))),
+        },
+    )
+
+
+def _check_evaluation(book: Book, rows: RunRows, told: RoundRow) -> None:
+    """The last evaluation makes no model and has no record: its row is held against the answers it names."""
+    key, attempt = f"{told.run}/{told.task}/{told.round}", _attempt_of(rows, told.task, told.round, told.attempt)
+    if attempt is None:
+        book.wrong("attempts", key, "row", "not there", "there")
+        return
+    answers = {answer.digest: answer for answer in rows.answers_to(attempt) if answer.head is not None}
+    for share in told.regions:
+        book.expect(
+            "answers", f"{attempt.key} of {share.region}", share.digest, _there(share.digest in answers), "there"
+        )
+    named = [answers[share.digest] for share in told.regions if share.digest in answers]
+    if len(named) == len(told.regions):
+        heads = [answer.head for answer in named if answer.head is not None]
+        sums: Mapping[str, int] = reduce(add_metrics, (head.metrics for head in heads), {})
+        pairs = _sums_of(told, [_counted(answer) for answer in named])
+        metrics = with_means(metric_values(STANDARD_METRICS, sums))
+        book.expect_all("rounds", key, {**pairs, "metrics": (dict(told.metrics), metrics)})
+
+
+def _sums_of(told: RoundRow, counted: Sequence[CountedPartial]) -> dict[str, tuple[object, object]]:
+    shares = {s.region: (s.digest, s.weight, s.num_sites, s.num_updates) for s in told.regions}
+    return {
+        "weight": (told.weight, sum(partial.weight for partial in counted)),
+        "num_sites": (told.num_sites, sum(partial.num_sites for partial in counted)),
+        "num_updates": (told.num_updates, sum(partial.num_updates for partial in counted)),
+        "regions": (shares, {p.region: (p.digest, p.weight, p.num_sites, p.num_updates) for p in counted}),
+    }
+
+
+def _attempt_of(rows: RunRows, task: TaskKind, number: int, attempt: int) -> AttemptRow | None:
+    return next((row for row in rows.attempts_at(task, number) if row.attempt == attempt), None)
+
+
+def _check_attempt(book: Book, rows: RunRows, attempt: AttemptRow) -> None:
+    """Attempts at a round count from 1; the one that was committed is the record's, all others are over."""
+    run, at = rows.run, rows.attempts_at(attempt.task, attempt.round)
+    book.expect("attempts", attempt.key, "run", attempt.run, run.run)
+    if attempt is at[-1]:
+        for missing in sorted(set(range(1, attempt.attempt)) - {row.attempt for row in at}):
+            book.wrong("attempts", f"{run.run}/{attempt.task}/{attempt.round}.{missing}", "row", "not there", "there")
+    told = next((row for row in rows.rounds if (row.task, row.round) == (attempt.task, attempt.round)), None)
+    is_committed = told is not None and told.attempt == attempt.attempt
+    if told is not None or run.state.is_terminal:
+        state = RoundState.COMMITTED if is_committed else RoundState.ABANDONED
+        book.expect("attempts", attempt.key, "state", attempt.state, state)
+    else:
+        book.expect("attempts", attempt.key, "committed", attempt.state is RoundState.COMMITTED, expected=False)
+    base = next((row.model_hash for row in rows.models if row.version == attempt.base_version), None)
+    if base is not None:
+        book.expect("attempts", attempt.key, "base_hash", attempt.base_hash, base)
+
+
+def _check_answer(book: Book, rows: RunRows, answer: AnswerRow, blobs: Blobs, federation: str) -> None:
+    """An answer is to an attempt that was offered, and its partial is one that the plan allows."""
+    key = f"{answer.key} of {answer.region}"
+    attempt = _attempt_of(rows, answer.task, answer.round, answer.attempt)
+    if attempt is None or answer.run != rows.run.run or answer.region not in rows.run.regions:
+        book.wrong("answers", key, "row", "there", "answers of the run's regions to its attempts only")
+        return
+    if not answer.digest:
+        book.expect("answers", key, "code of an abstention", bool(answer.code), expected=True)
+        return
+    if answer.head is None:
+        book.wrong("answers", key, "head", "none", "what the partial says of itself")
+        return
+    book.num_checks += 1
+    try:
+        check_head(plan_for(rows.run, attempt, answer.region, federation), answer.region, answer.head)
+    except HierFLError as error:
+        book.wrong("answers", key, "head", error, "counts within the plan")
+    seen = blobs.get(("partials", answer.digest), SeenBlob())
+    if seen.head is not None:
+        book.expect("answers", key, "head, as the partial's bytes have it", answer.head, seen.head)
+
+
+# ---------------------------------------------------------------- the run and its blobs
+
+
+def _check_run(book: Book, rows: RunRows) -> None:
+    run, newest = rows.run, max(rows.records, default=0)
+    committed = sum(row.task is TaskKind.TRAIN for row in rows.rounds)
+    book.expect("runs", run.run, "rounds_committed", run.rounds_committed, committed)
+    last = next((row for row in rows.models if row.version == run.version), None)
+    if last is not None:
+        book.expect("runs", run.run, "model_hash", run.model_hash, last.model_hash)
+    if run.version in rows.records:
+        record = rows.records[run.version]
+        book.expect("runs", run.run, "state_digest", run.state_digest, record.state_digest)
+    elif newest > run.version and run.state.is_terminal:
+        book.wrong("runs", run.run, "version", run.version, newest)
+    if not run.state.is_terminal:
+        book.note(Kind.OPEN, "runs", run.run, "state", run.state)
+
+
+def _check_blobs(book: Book, rows: RunRows, blobs: Blobs) -> None:
+    for (kind, name), seen in sorted(blobs.items()):
+        book.num_checks += 1
+        if seen.error:
+            book.wrong("blobs", f"{kind}/{name}", "contents", seen.error, "what its name says")
+
+
+# ---------------------------------------------------------------- with the regions
+
+
+def regions_counted(rows: RunRows) -> list[RegionId]:
+    """Regions of which a partial was counted: whose summaries the audit needs."""
+    told = {share.region for row in rows.rounds for share in row.regions}
+    return sorted(told | {partial.region for record in rows.records.values() for partial in record.partials})
+
+
+def join(book: Book, rows: RunRows, summaries: Mapping[RegionId, RegionSummary]) -> None:
+    """Hold every counted partial against its region's summary, and every summary against what was counted.
+
+    What came after a summary was made is not held against it: the federation may be running.
+    """
+    for region, summary in sorted(summaries.items()):
+        if summary.num_wrong:
+            book.wrong("summary", region, "rows that are wrong in the region", summary.num_wrong, 0)
+        book.expect("summary", region, "run", summary.run, rows.run.run)
+        for row in rows.rounds:
+            shares = [share for share in row.regions if share.region == region]
+            if row.committed_unix_ns > summary.made_unix_ns:
+                key = f"{row.run}/{row.task}/{row.round} of {region}"
+                book.note(Kind.OPEN, "summary", key, "round", "committed after the summary was made")
+                shares = []
+            for share in shares:
+                counts = (share.weight, share.num_sites, share.num_updates)
+                _join_counted(book, summary, row, share.digest, counts)
+        _join_answers(book, rows, summary)
+        for seal in summary.seals:
+            _join_seal(book, rows, region, seal)
+
+
+def _join_counted(book: Book, summary: RegionSummary, row: RoundRow, digest: str, counts: tuple[int, int, int]) -> None:
+    key, seal = f"{row.run}/{row.task}/{row.round} of {summary.region}", summary.seal(digest)
+    if seal is None:
+        book.wrong("rounds", key, "partial", digest, "one that the region's summary has")
+        return
+    expected = (seal.weight, seal.num_sites, seal.num_updates)
+    book.expect("rounds", key, "weight, sites, updates, as in the region's receipts", counts, expected)
+    if seal.collected_in != row.run:
+        return  # its receipts are another run's, and say what became of them there
+    if seal.state is ReceiptState.SEALED:
+        book.note(Kind.OPEN, "summary", key, "last word", "the region has not heard yet that it was counted")
+        return
+    word = (ReceiptState.COMMITTED, row.version)
+    book.expect("summary", key, "word to the clients", (seal.state, seal.version), word)
+
+
+def _join_answers(book: Book, rows: RunRows, summary: RegionSummary) -> None:
+    """Nothing is held here as a region's that the region did not announce in its border ledger."""
+    for answer in rows.answers:
+        if answer.region != summary.region or not answer.digest or answer.received_unix_ns > summary.made_unix_ns:
+            continue
+        seal = summary.seal(answer.digest)
+        announced = seal is not None and seal.crossings > 0
+        book.expect(
+            "answers", f"{answer.key} of {answer.region}", "in the region's border ledger", announced, expected=True
+        )
+
+
+def _join_seal(book: Book, rows: RunRows, region: RegionId, seal: SealSummary) -> None:
+    """What a region calls counted in this run is counted here, and once."""
+    if seal.collected_in != rows.run.run:
+        return
+    counted = [
+        row for row in rows.rounds for share in row.regions if (share.region, share.digest) == (region, seal.digest)
+    ]
+    if seal.state is ReceiptState.COMMITTED and not counted:
+        expected = f"no word but that it was not counted: no round of {rows.run.run} has it"
+        book.wrong("summary", f"{region} {seal.seal_id}", "word to the clients", f"committed({seal.version})", expected)
+    for row in counted[1:]:
+        book.wrong("rounds", f"{row.run}/{row.task}/{row.round} of {region}", "partial", seal.digest, "counted once")
+
+
+def _there(is_there: bool) -> str:
+    return "there" if is_there else "not there"
