@@ -213,6 +213,11 @@ class RegionHost:
         """Whether the controller has said, since this start, which attempts are open."""
         return self.session.is_informed
 
+    @property
+    def is_orphaned(self) -> bool:
+        """Whether the controller has been away for long: what is sealed here waits for it."""
+        return self.session.is_orphaned
+
     # ------------------------------------------------------------ decide and carry out
 
     def apply(self, *events: Event) -> None:

@@ -44,7 +44,7 @@ from combiners.zone import ZoneStore
 from hierfl.endpoints import Endpoint
 from hierfl.failpoints import reach
 from hierfl.pki import Kit
-from hierfl.receipts import Reason, Receipt, ReceiptState
+from hierfl.receipts import Reason, Receipt, ReceiptEvent, ReceiptState, next_receipt
 from hierfl.types import ClientRef, UpdateKey
 from hierfl.wire import hierfl_pb2 as pb
 from hierfl.wire.convert import key_to_proto
@@ -70,6 +70,8 @@ class Shell(Protocol):
     def on_disk(self, function: Callable[..., Any], *arguments: Any) -> Awaitable[Any]: ...
     @property
     def is_informed(self) -> bool: ...
+    @property
+    def is_orphaned(self) -> bool: ...
 
 
 class Reception:
@@ -173,7 +175,7 @@ class Reception:
         known = await self._shell.on_disk(self._shell.store.receipt, claim.key)
         if known is not None:
             self._shell.apply(ClientDeclined(claim.key))
-            return ClaimAnswer(key=claim.key, answer=Answer.KNOWN, receipt=known)
+            return self._as_it_is(known)
         answer = self._shell.region.claim(incarnation, claim)
         if answer.answer is not Answer.REFUSED or answer.reason is Reason.DIGEST_CONFLICT:
             return answer
@@ -191,9 +193,13 @@ class Reception:
     async def _known_or(self, answer: ClaimAnswer) -> ClaimAnswer:
         """What is durably known by now, or else ``answer``."""
         known = await self._shell.on_disk(self._shell.store.receipt, answer.key)
-        if known is not None:
-            return ClaimAnswer(key=answer.key, answer=Answer.KNOWN, receipt=known)
-        return self._patient(answer)
+        return self._patient(answer) if known is None else self._as_it_is(known)
+
+    def _as_it_is(self, known: Receipt) -> ClaimAnswer:
+        """A receipt of the book; a sealed one says so while the controller, which has the last word, stays away."""
+        if self._shell.is_orphaned:
+            known = next_receipt(known, ReceiptEvent.ORPHAN, reason=Reason.CONTROLLER_AWAY)
+        return ClaimAnswer(key=known.key, answer=Answer.KNOWN, receipt=known)
 
     def _patient(self, answer: ClaimAnswer) -> ClaimAnswer:
         """Before the controller has said what is open, nothing is closed."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -54,6 +55,13 @@ class Session:
         self.is_informed = False
         """Whether the controller has said, since this start, which attempts are open."""
         self._settling: dict[asyncio.Task[None], RunId] = {}
+        self._away_since_s: float | None = time.monotonic()
+
+    @property
+    def is_orphaned(self) -> bool:
+        """Whether the controller has been away for ``orphan_s``."""
+        since_s = self._away_since_s
+        return since_s is not None and time.monotonic() - since_s > self._host.settings.orphan_s
 
     # ------------------------------------------------------------ UplinkEvents
 
@@ -73,6 +81,7 @@ class Session:
 
     async def attached(self) -> None:
         """What is open is said right after this: from then on, what was not said is closed."""
+        self._away_since_s = None
         asyncio.get_running_loop().call_later(INFORMED_S, self._inform)
 
     def _inform(self) -> None:
@@ -80,6 +89,8 @@ class Session:
 
     async def detached(self, control: Control) -> None:
         """One ledger row for the session's control traffic; none where nothing went out."""
+        if self._away_since_s is None:
+            self._away_since_s = time.monotonic()
         if control.counts:
             await self._append(control)
 

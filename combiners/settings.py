@@ -24,5 +24,7 @@ class RegionSettings:
     """Seconds without a change after which a new endpoint list is made: an intake that restarts soon moves nobody."""
     capacity: int = 8
     """Runs served at once."""
+    orphan_s: float = 600.0
+    """Seconds without the controller after which clients are told that their sealed updates wait for it."""
     keep_partial_bytes: int = 2**30
     """Judged partials are kept up to this size, newest first: the same job, submitted again, gets the same bytes."""

@@ -11,6 +11,17 @@ SEALED is the first acknowledgement; COMMITTED and NOT_COUNTED are last words an
 
 A sealed update outlives its attempt: the same sealed bytes go to the next attempt on the same base
 model, so abandonment alone is no last word on it (``hierfl/rounds.py`` abandons, the base decides).
+
+What else may come between, and how an update gets its last word without an operator:
+
+    the run is cancelled or fails    REFUSE(run_cancelled | run_failed), sealed or not; a region that was away is
+                                     told when it attaches again
+    the run has ended otherwise,     REFUSE(late) of what was sealed in time and arrived too late: a round was
+    or moved on                      committed without it
+    the region drains                LET_GO of what is not sealed: its client keeps it, and is asked again
+    the region is retired            nobody is left to say more: the client keeps an update for ``hold_s``, then notes that
+    the controller stays away        ORPHAN after ``orphan_s``: still sealed, still kept, and the client is told why
+                                     there is no last word; any last word may follow
 """
 
 from __future__ import annotations
@@ -67,6 +78,7 @@ class Reason(StrEnum):
     RUN_CANCELLED = "run_cancelled"
     RUN_FAILED = "run_failed"
     UNKNOWN_ATTEMPT = "unknown_attempt"  # another run, an old or a future round
+    CONTROLLER_AWAY = "controller_away"  # no last word: of a sealed update while the controller cannot be reached
 
 
 class ReceiptEvent(StrEnum):
@@ -79,6 +91,7 @@ class ReceiptEvent(StrEnum):
     ABANDON = "abandon"
     COMMIT = "commit"
     REFUSE = "refuse"
+    ORPHAN = "orphan"
 
 
 _S, _E = ReceiptState, ReceiptEvent
@@ -101,16 +114,21 @@ TRANSITIONS: Mapping[tuple[ReceiptState, ReceiptEvent], ReceiptState] = {
     (_S.SEALED, _E.ABANDON): _S.SEALED,
     (_S.SEALED, _E.COMMIT): _S.COMMITTED,
     (_S.SEALED, _E.REFUSE): _S.NOT_COUNTED,
+    (_S.SEALED, _E.ORPHAN): _S.SEALED,
     (_S.COMMITTED, _E.COMMIT): _S.COMMITTED,
     (_S.COMMITTED, _E.ABANDON): _S.COMMITTED,
+    (_S.COMMITTED, _E.ORPHAN): _S.COMMITTED,
     (_S.NOT_COUNTED, _E.REFUSE): _S.NOT_COUNTED,
     (_S.NOT_COUNTED, _E.ABANDON): _S.NOT_COUNTED,
+    (_S.NOT_COUNTED, _E.ORPHAN): _S.NOT_COUNTED,
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Receipt:
-    """What is known of one update. ``version`` where committed, ``reason`` where not counted."""
+    """What is known of one update. ``version`` where committed; ``reason`` where not counted, or where a sealed one has
+    to wait for its last word.
+    """
 
     key: UpdateKey
     digest: str
@@ -134,5 +152,5 @@ def next_receipt(receipt: Receipt, event: ReceiptEvent, *, version: int = 0, rea
         receipt,
         state=state,
         version=version if state is _S.COMMITTED else 0,
-        reason=reason if state is _S.NOT_COUNTED else "",
+        reason=reason if state is _S.NOT_COUNTED or event is _E.ORPHAN else "",
     )

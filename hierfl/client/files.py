@@ -16,7 +16,7 @@ from types import TracebackType
 
 from hierfl.errors import DiskFull, StorageError, StoreLocked
 
-__all__ = ["FolderLock", "make_folder", "replace_durably", "write_durably"]
+__all__ = ["FolderLock", "make_folder", "replace_durably", "storage_error", "write_durably"]
 
 Writable = bytes | memoryview
 
@@ -52,9 +52,14 @@ def write_durably(path: Path, parts: Iterable[Writable]) -> None:
         _sync_folder(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        if error.errno == errno.ENOSPC:
-            raise DiskFull(f"no space left on the disk of {path.parent}; make room, the round goes on") from None
-        raise StorageError(f"{path} cannot be written: {error.strerror}") from None
+        raise storage_error(error, path) from None
+
+
+def storage_error(error: OSError, path: Path, done: str = "written") -> StorageError:
+    """What the system says of a file that could not be ``done``, in our words."""
+    if error.errno == errno.ENOSPC:
+        return DiskFull(f"no space left on the disk of {path.parent}; make room, the round goes on")
+    return StorageError(f"{path} cannot be {done}: {error.strerror}")
 
 
 def replace_durably(source: Path, target: Path) -> None:

@@ -4,6 +4,7 @@ DIR/<region>.<site>.<client>/
     lock.sqlite      one process at a time
     updates/ local/  hierfl/client/held.py
     residuals/       hierfl/client/residuals.py
+    receipts.jsonl   hierfl/client/receiptlog.py
     leader_epoch     the highest that this client has obeyed
     endpoints        the newest list of the region's intakes
     failures/        tracebacks of user code; they never leave the site
@@ -11,10 +12,12 @@ DIR/<region>.<site>.<client>/
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from hierfl.client.files import FolderLock, make_folder, write_durably
 from hierfl.client.held import HeldUpdates, LocalTensors
+from hierfl.client.receiptlog import ReceiptLog
 from hierfl.client.residuals import Residuals
 from hierfl.errors import StorageError, StoreDamaged
 from hierfl.types import AttemptKey, ClientRef
@@ -41,12 +44,15 @@ class ClientFolder:
             self.updates = HeldUpdates(self.path)
             self.local = LocalTensors(self.path)
             self.residuals = Residuals(self.path)
+            self.receipts = ReceiptLog(self.path)
             self.leader_epoch = self._read_epoch()
         except BaseException:
             self._lock.close()
             raise
 
     def close(self) -> None:
+        with contextlib.suppress(StorageError):  # the region's book answers for what the disk does not take
+            self.receipts.sync()
         self._lock.close()
 
     def raise_epoch(self, epoch: int) -> None:

@@ -41,7 +41,7 @@ from hierfl.wire.convert import key_to_proto, receipt_from_proto
 from hierfl.wire.delta import Bases
 from hierfl.wire.fetch import Fetched, Fetcher
 
-__all__ = ["Link", "Waits", "checked", "probe"]
+__all__ = ["Link", "Waits", "checked", "probe", "receipts_at"]
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 DIAL_S = 10.0
@@ -326,6 +326,19 @@ async def probe(kit: Kit) -> tuple[str, str]:
         except HierFLError as error:
             said.append(str(error))
     return "", "; ".join(said[1:] or said)
+
+
+async def receipts_at(kit: Kit, address: str, keys: Sequence[AttemptKey]) -> list[Receipt]:
+    """Connect once and ask what became of a client's updates under these keys.
+
+    Raises:
+        Unreachable, VersionMismatch, IdentityError: No combiner of the kit's region answers there.
+    """
+    async with connected(kit, address, DIAL_S) as stub:
+        with _errors_of(stub):
+            request = pb.GetReceiptsRequest(keys=[key_to_proto(key) for key in keys])
+            response = await stub.GetReceipts(request)
+        return [receipt_from_proto(message, kit.identity.client_ref) for message in response.receipts]
 
 
 class Waits:

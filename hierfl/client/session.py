@@ -28,6 +28,7 @@ from hierfl.client.intakes import Intakes
 from hierfl.client.link import Link, checked
 from hierfl.client.models import FetchedModel, ModelCache, OwnModels
 from hierfl.client.offers import SitePolicy, accept, check_groups, decline_code
+from hierfl.client.receiptlog import HELD_TOO_LONG, UNKNOWN_THERE, receipt_of
 from hierfl.client.residuals import encode_with_feedback
 from hierfl.client.work import Made, TaskFailed, do_task
 from hierfl.client.worker import Worker
@@ -58,6 +59,8 @@ _RUN_OVER = frozenset({Reason.RUN_CANCELLED, Reason.RUN_FAILED})
 RESIDUAL_WAIT_S = 10.0
 """So long an update with error feedback waits for the last word on the one before; then it goes without."""
 ASK_AGAIN_S = 0.5
+SYNC_AFTER_S = 1.0
+"""Last words that come within so long of each other reach the disk together."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,7 @@ class Session:
         self._newest_round: dict[RunId, int] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._last_word = asyncio.Event()
+        self._syncing: asyncio.Task[None] | None = None
         self._drop_expired()
         if len(self.updates):
             self.say(f"{len(self.updates)} update(s) held from before; handed in when asked")
@@ -224,11 +228,14 @@ class Session:
         elif state is ReceiptState.NOT_COUNTED:
             self.say(f"{where}: not counted ({receipt.reason})")
         elif state is ReceiptState.SEALED:
-            self.say(f"{where}: sealed in the region's sum")
+            waits = "; the controller, which has the last word, is away" if receipt.reason else ""
+            self.say(f"{where}: sealed in the region's sum{waits}")
         elif state is ReceiptState.STAGED:
             self.say(f"{where}: handed in")
         if state is ReceiptState.COMMITTED:  # first, so that a crash in between asks for this receipt again
             self.folder.residuals.advance(held.work.run, self.updates.residual(held.work))
+        if state.is_last_word:
+            self._log(held, state, version=receipt.version, reason=receipt.reason)
         if state is ReceiptState.COMMITTED or receipt.reason in _FINAL_REASONS:
             self.updates.drop(held.work)
         else:
@@ -238,6 +245,20 @@ class Session:
         if state.is_last_word:
             self._last_word.set()
             self.site.on_round_over(self.client, held.key)
+
+    def _log(self, held: Held, state: ReceiptState, *, version: int = 0, reason: str = "") -> None:
+        """Note what became of an update, before it is dropped."""
+        self.folder.receipts.append(receipt_of(held, state, version=version, reason=reason))
+        if self._syncing is None:
+            self._syncing = self._spawn(self._sync_log())
+
+    async def _sync_log(self) -> None:
+        await asyncio.sleep(SYNC_AFTER_S)
+        self._syncing = None
+        try:
+            await asyncio.to_thread(self.folder.receipts.sync)
+        except StorageError as error:
+            self.say(f"the last words on updates are not safe from a crash of this machine: {error}")
 
     def _on_withdrawal(self, key: AttemptKey, reason: str) -> None:
         for work, answer in list(self._answers.items()):
@@ -264,10 +285,28 @@ class Session:
             earlier = held.work.run == plan.run and held.work.round < plan.round
             if earlier and held.state is ReceiptState.NOT_COUNTED:
                 self.updates.drop(held.work)
+            elif earlier and held.state is not ReceiptState.SEALED:
+                self._spawn(self._ask_what_became_of(held))
+
+    async def _ask_what_became_of(self, held: Held) -> None:
+        """Of an earlier round's update: what the region neither sealed nor refused, it never will."""
+        try:
+            is_unknown = await self._is_unknown(held)
+        except HierFLError as error:
+            self.say(f"{round_of(held.key)}: what became of its update is not known yet: {error}")
+            return
+        if is_unknown and self.updates.find(held.work) is not None:
+            self.say(
+                f"{round_of(held.key)}: the run has moved on, and the region has no receipt of its update; dropped"
+            )
+            self._log(held, ReceiptState.OFFERED, reason=UNKNOWN_THERE)
+            self.updates.drop(held.work)
 
     def _drop_expired(self) -> None:
         for held in self.updates.drop_expired():
             self.say(f"{round_of(held.key)}: its update was held for {held.hold_s:g} s without a last word; dropped")
+            if not held.state.is_last_word:  # else it has its line
+                self.folder.receipts.append(receipt_of(held, held.state, reason=HELD_TOO_LONG))
 
     # ---------------------------------------------------------------- answering
 

@@ -88,7 +88,8 @@ def receipt_from_proto(message: pb.Receipt, client: ClientRef) -> Receipt:
         digest.check(message.digest)
     if bool(message.model_version) != (state is ReceiptState.COMMITTED):
         raise WireError(f"receipt: {state} with model version {message.model_version}")
-    if bool(message.reason) != (state is ReceiptState.NOT_COUNTED):
+    has_reason = state is ReceiptState.NOT_COUNTED
+    if bool(message.reason) != has_reason and not (message.reason and state is ReceiptState.SEALED):
         raise WireError(f"receipt: {state} with reason {message.reason[:80]!r}")
     if message.reason and not CODE_PATTERN.fullmatch(message.reason):
         raise WireError(f"receipt: {message.reason[:80]!r} is no code")
