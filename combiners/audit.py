@@ -199,6 +199,7 @@ class _Seal:
                 "base_model_hash, as its crossing has it": (seal.base_model_hash, crossing.base_model_hash),
                 "task_hash, as its crossing has it": (seal.task_hash, crossing.task_hash),
                 "sites_needed, as its crossing has it": (seal.sites_needed, crossing.sites_needed),
+                "max_share, as its crossing has it": (seal.max_share, crossing.max_share),
                 "weight in its receipts": (self.weight, crossing.weight),
                 "sites in its receipts": (self.num_sites, crossing.num_sites),
                 "number of its receipts": (len(self.receipts), crossing.num_updates),

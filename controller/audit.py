@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import reduce
 
 from controller.audit_rows import RunRows, SeenBlob
+from controller.committing import first_model
 from controller.merge import check_head
-from controller.planning import plan_for
+from controller.planning import BYTES_PER_VALUE, plan_for
 from controller.rows import AnswerRow, AttemptRow, ModelRow, RoundRow
 from hierfl.audit import Book, Kind, RegionSummary, SealSummary
 from hierfl.errors import HierFLError
@@ -52,9 +54,8 @@ def _check_versions(book: Book, rows: RunRows) -> None:
         book.expect("models", f"{run.run}/{version}", "row", _there(version in found), "there")
     for version in sorted(found.keys() - set(range(run.version + 1))):
         book.wrong("models", f"{run.run}/{version}", "row", "there", f"versions up to the run's, {run.version}")
-    for version, model in sorted(found.items()):
-        if version:
-            _check_model_row(book, rows, model)
+    for model in rows.models:
+        _check_model_row(book, rows, model)
     for version in sorted(rows.commits.keys() - found.keys()):
         if version > run.version and not run.state.is_terminal:  # the files were read after the rows
             book.note(Kind.OPEN, "commits", f"{run.run}/{version}", "record", "of a version that is just being stored")
@@ -63,13 +64,29 @@ def _check_versions(book: Book, rows: RunRows) -> None:
 
 
 def _check_model_row(book: Book, rows: RunRows, model: ModelRow) -> None:
-    key, record, file = f"{model.run}/{model.version}", rows.records.get(model.version), rows.commits.get(model.version)
+    run, key = rows.run, f"{rows.run.run}/{model.version}"
+    pairs: dict[str, tuple[object, object]] = {
+        "run": (model.run, run.run),
+        "num_params": (model.num_params, run.num_params),
+        "size_bytes": (model.size_bytes, run.num_params * BYTES_PER_VALUE),
+    }
+    book.expect_all("models", key, pairs)
+    if model.version:
+        _check_committed_row(book, rows, model, key)
+    else:
+        first = first_model(replace(run, model_hash=model.model_hash))
+        book.expect("models", key, "row of the first model", model, first)
+
+
+def _check_committed_row(book: Book, rows: RunRows, model: ModelRow, key: str) -> None:
+    record, file = rows.records.get(model.version), rows.commits.get(model.version)
     if file is None:
         if not any(f.table == "commits" and f.key == key for f in book.findings):  # else said already
             book.wrong("commits", key, "file", "not there", "the record of each version")
     else:
         book.expect("models", key, "record", model.record, file.record)
         book.expect("models", key, "signature", model.signature.hex(), file.signature.hex())
+        book.expect("models", key, "certificate", model.certificate.hex(), file.certificate.hex())
     if record is not None:
         book.expect_all(
             "models",
@@ -158,6 +175,7 @@ def _check_rounds(book: Book, rows: RunRows) -> None:
         if number in rows.records:
             _check_told(book, rows, told, rows.records[number])
     for told in rows.rounds:
+        book.expect("rounds", f"{run.run}/{told.task}/{told.round}", "run", told.run, run.run)
         if told.task is TaskKind.EVALUATE:
             _check_evaluation(book, rows, told)
 
@@ -165,7 +183,7 @@ def _check_rounds(book: Book, rows: RunRows) -> None:
 def _check_told(book: Book, rows: RunRows, told: RoundRow, record: CommitRecord) -> None:
     book.expect_all(
         "rounds",
-        f"{told.run}/{told.task}/{told.round}",
+        f"{rows.run.run}/{told.task}/{told.round}",
         {
             **_sums_of(told, record.partials),
             "attempt": (told.attempt, record.attempt),
@@ -178,7 +196,9 @@ def _check_told(book: Book, rows: RunRows, told: RoundRow, record: CommitRecord)
 
 def _check_evaluation(book: Book, rows: RunRows, told: RoundRow) -> None:
     """The last evaluation makes no model and has no record: its row is held against the answers it names."""
-    key, attempt = f"{told.run}/{told.task}/{told.round}", _attempt_of(rows, told.task, told.round, told.attempt)
+    key, attempt = f"{rows.run.run}/{told.task}/{told.round}", _attempt_of(rows, told.task, told.round, told.attempt)
+    of = next((row.model_hash for row in rows.models if row.version == told.version), "")
+    book.expect("rounds", key, "model_hash", told.model_hash, of)
     if attempt is None:
         book.wrong("attempts", key, "row", "not there", "there")
         return
@@ -227,6 +247,9 @@ def _check_attempt(book: Book, rows: RunRows, attempt: AttemptRow) -> None:
     base = next((row.model_hash for row in rows.models if row.version == attempt.base_version), None)
     if base is not None:
         book.expect("attempts", attempt.key, "base_hash", attempt.base_hash, base)
+    book.expect("attempts", attempt.key, "base_version", attempt.base_version, attempt.round - 1)
+    if attempt.task is TaskKind.TRAIN:
+        book.expect("attempts", attempt.key, "groups of its task", attempt.spec.groups, run.groups)
 
 
 def _check_answer(book: Book, rows: RunRows, answer: AnswerRow, blobs: Blobs, federation: str) -> None:
@@ -242,7 +265,7 @@ def _check_answer(book: Book, rows: RunRows, answer: AnswerRow, blobs: Blobs, fe
     if answer.head is None:
         book.wrong("answers", key, "head", "none", "what the partial says of itself")
         return
-    book.num_checks += 1
+    book.expect("answers", key, "blob", answer.blob, answer.digest)
     try:
         check_head(plan_for(rows.run, attempt, answer.region, federation), answer.region, answer.head)
     except HierFLError as error:

@@ -19,7 +19,7 @@ What else may come between, and how an update gets its last word without an oper
     the run has ended otherwise,     REFUSE(late) of what was sealed in time and arrived too late: a round was
     or moved on                      committed without it
     the region drains                LET_GO of what is not sealed: its client keeps it, and is asked again
-    the region is retired            nobody is left to say more: the client keeps an update for ``hold_s``, then notes that
+    the region is retired            nobody is left to say more: the client keeps an update for ``hold_s``, and notes so
     the controller stays away        ORPHAN after ``orphan_s``: still sealed, still kept, and the client is told why
                                      there is no last word; any last word may follow
 """

@@ -9,54 +9,34 @@ import asyncio
 import shutil
 import sqlite3
 from collections.abc import Callable
-from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from federations import InProcess, job, noisy_app
+from audited import REGIONS, ROUNDS, train
+from federations import job, noisy_app
 
 from combiners.auditing import audit_region
-from combiners.settings import RegionSettings
 from controller.auditing import audit_controller
 from controller.blobs import Blobs
 from controller.commits import SignedRecord
 from controller.store import SqliteStore
 from hierfl import documents
 from hierfl.audit import Kind, SignedSummary
-from hierfl.job import StrategyChoice
 from hierfl.pki import Kit
 from hierfl.records import COMMIT_CONTEXT, CommitRecord
 from hierfl.types import ModelHash, RunId, TaskKind
 
 FEDERATION = "test-federation"
-REGIONS = {"eu": ["eu-a", "eu-b", "eu-c"], "us": ["us-a", "us-b", "us-c"]}
-ROUNDS = 2
 
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folders of a federation that has finished a run, and the run."""
     folder = tmp_path_factory.mktemp("audited")
-    return folder, asyncio.run(_train(folder))
-
-
-async def _train(folder: Path) -> str:
-    federation = InProcess(folder, REGIONS, 1, noisy_app(num_values=50), RegionSettings())
-    federation.provision()
-    async with AsyncExitStack() as stack:
-        await federation.start_controller(stack)
-        for region in REGIONS:
-            await federation.start_combiner(stack, region)
-            federation.start_clients(region)
-        stack.push_async_callback(federation.stop_clients)
-        wanted = job(rounds=ROUNDS, min_regions=2, min_clients=3)
-        found = await federation.train(replace(wanted, strategy=StrategyChoice(name="fedadam")))
-        assert found.summary.state == "finished", found.summary.reason
-        await federation.hear("counted in model version", times=6 * (ROUNDS + 1))
-    return found.summary.run
+    return folder, train(folder)
 
 
 class Copy:
