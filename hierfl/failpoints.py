@@ -28,6 +28,7 @@ POINTS: Mapping[str, str] = MappingProxyType(
         "client.send": "an update is on the site's disk, and nothing of it is sent yet",
         "client.answered": "the combiner has answered, and the client has not heard",
         "client.receipt": "a last word has come, and is not acted upon yet",
+        "client.logged": "a last word is in the client's log, and its update is not dropped yet",
         "intake.stage": "an update is there whole, and not checked yet",
         "intake.claim": "an update is checked, and not claimed yet",
         "intake.fold": "a claim is granted, and nothing is folded yet",

@@ -222,16 +222,8 @@ class Session:
             return  # overtaken on its way
         if state.is_last_word:
             reach("client.receipt")
-        where = round_of(held.key)
-        if state is ReceiptState.COMMITTED:
-            self.say(f"{where}: counted in model version {receipt.version}")
-        elif state is ReceiptState.NOT_COUNTED:
-            self.say(f"{where}: not counted ({receipt.reason})")
-        elif state is ReceiptState.SEALED:
-            waits = "; the controller, which has the last word, is away" if receipt.reason else ""
-            self.say(f"{where}: sealed in the region's sum{waits}")
-        elif state is ReceiptState.STAGED:
-            self.say(f"{where}: handed in")
+        if words := _words_of(receipt):
+            self.say(f"{round_of(held.key)}: {words}")
         if state is ReceiptState.COMMITTED:  # first, so that a crash in between asks for this receipt again
             self.folder.residuals.advance(held.work.run, self.updates.residual(held.work))
         if state.is_last_word:
@@ -249,6 +241,7 @@ class Session:
     def _log(self, held: Held, state: ReceiptState, *, version: int = 0, reason: str = "") -> None:
         """Note what became of an update, before it is dropped."""
         self.folder.receipts.append(receipt_of(held, state, version=version, reason=reason))
+        reach("client.logged")
         if self._syncing is None:
             self._syncing = self._spawn(self._sync_log())
 
@@ -501,3 +494,18 @@ def round_of(key: AttemptKey) -> str:
     """A key for people: ``round 3``, ``round 3, attempt 2``, ``evaluation``."""
     what = f"round {key.round}" if key.task is TaskKind.TRAIN else "evaluation"
     return f"{what}, attempt {key.attempt}" if key.attempt > 1 else what
+
+
+def _words_of(receipt: Receipt) -> str:
+    """What a receipt says, for people; nothing of one that says nothing new."""
+    match receipt.state:
+        case ReceiptState.COMMITTED:
+            return f"counted in model version {receipt.version}"
+        case ReceiptState.NOT_COUNTED:
+            return f"not counted ({receipt.reason})"
+        case ReceiptState.SEALED:
+            waits = "; the controller, which has the last word, is away" if receipt.reason else ""
+            return f"sealed in the region's sum{waits}"
+        case ReceiptState.STAGED:
+            return "handed in"
+    return ""

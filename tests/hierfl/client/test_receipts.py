@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +15,7 @@ from typing import Any
 import pytest
 
 from hierfl.client.receiptlog import FILE, HELD_TOO_LONG, UNKNOWN_THERE, read_log
+from hierfl.failpoints import VARIABLE
 from hierfl.plan import Plan
 from hierfl.receipts import ReceiptState
 
@@ -173,3 +176,47 @@ async def test_an_update_held_too_long_leaves_a_line_that_says_so(combiner: Any,
     async with running():
         await until(lambda: "without a last word; dropped" in running.said)
     assert [(one[0], one[4]) for one in log_of(running.directory)] == [(1, HELD_TOO_LONG)]
+
+
+async def test_a_client_that_dies_between_its_log_and_its_update_acts_on_the_last_word_again(
+    combiner: Any, plan: MakePlan, tmp_path: Path
+) -> None:
+    (tmp_path / "app.py").write_text(APP)
+    (tmp_path / "points").mkdir()
+    (tmp_path / "points" / "client.logged").write_text("kill")
+    kit, directory = combiner.federation.client_kit(), tmp_path / "d"
+    options = ("--kit", kit, "--dir", directory, "--max-rounds", "1")
+    combiner.offer(plan())
+    died = await started(tmp_path, "client", "run", tmp_path / "app.py", *options)
+    await combiner.until(lambda: combiner.received)
+    combiner.tell_all(COMMITTED, version=1)
+    async with asyncio.timeout(30):
+        assert await died.wait() == -signal.SIGKILL
+    assert log_of(directory) == [(1, 1, "committed", 1, "")]
+    assert list(directory.rglob("updates/*.json"))
+    combiner.offers.clear()
+    again = await started(tmp_path, "client", "run", tmp_path / "app.py", *options)
+    async with asyncio.timeout(30):
+        assert await again.wait() == 0
+    assert not list(directory.rglob("updates/*"))
+    code, out, _ = await receipts("run-1", "--kit", kit, "--dir", directory, "-o", "json")
+    found = [(one["round"], one["state"], one["version"], one["held"]) for one in json.loads(out)["receipts"]]
+    assert (code, found) == (0, [(1, "committed", 1, False)])
+
+
+APP = """
+import numpy as np
+from hierfl.client import Update
+NAME = "linear"
+def init(config):
+    return {"w": np.ones(3, np.float32), "b": np.zeros((), np.float32), "steps": np.array(10)}
+def train(task):
+    return Update({"w": task.params["w"] + 1, "b": task.params["b"]}, num_examples=7)
+"""
+
+
+async def started(folder: Path, *arguments: object) -> asyncio.subprocess.Process:
+    """A command whose failpoints are in ``folder``."""
+    environment, nowhere = {**os.environ, VARIABLE: str(folder / "points")}, asyncio.subprocess.DEVNULL
+    command = [sys.executable, "-m", "hierfl", *map(str, arguments)]
+    return await asyncio.create_subprocess_exec(*command, env=environment, stdout=nowhere, stderr=nowhere)
