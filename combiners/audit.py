@@ -72,6 +72,10 @@ def _check_links(book: Book, zone: ZoneRows, run: str, ledger: Ledger) -> None:
     seals = {partial.seal_id for partial in zone.partials}
     digests = {partial.digest for partial in zone.partials}
     addresses = {address.key for address in zone.addresses}
+    releases = Counter((partial.base_model_hash, partial.task_hash) for partial in zone.partials)
+    for partial in seals_of(zone, run):
+        times = releases[partial.base_model_hash, partial.task_hash]
+        book.expect("partials", partial.seal_id, "releases of its base model and task", times, 1)
     for address in (one for one in zone.addresses if one.key.run == run):
         book.expect("addresses", address.key, "its seal", address.seal_id in seals, expected=True)
     for crossing in (one for one in ledger.crossings if one.key.run == run):

@@ -8,16 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from controller.audit import audit_run, join, regions_counted
-from controller.audit_rows import gather, see_blobs
+from controller.audit_rows import RunRows, gather, see_blobs
 from controller.leader import checker
 from controller.replay import replay
 from controller.store import SqliteStore, Store
 from hierfl.audit import Book, RegionSummary
+from hierfl.errors import StorageError
 from hierfl.pki import Kit
 from hierfl.snapshot import copied
 from hierfl.types import RegionId, RunId
 
 __all__ = ["ControllerReport", "audit_controller"]
+
+TRIES = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +61,11 @@ def audit_controller(
         AuditMismatch: The run's row is gone, while there are models or records of it.
         StorageError: It cannot be read at all.
     """
-    book = Book("controller")
-    with _opened(store, directory, kit.identity.federation) as rows_of:
-        rows = gather(book, rows_of, directory, RunId(run), checker(kit))
+    if store is None:
+        with _copied(directory, kit.identity.federation) as copy:
+            book, rows = _gathered(copy, directory, RunId(run), kit)
+    else:
+        book, rows = _of_one_moment(store, directory, RunId(run), kit)
     blobs = see_blobs(rows, directory / "blobs")
     audit_run(book, rows, blobs, kit.identity.federation)
     join(book, rows, summaries)
@@ -75,12 +80,24 @@ def audit_controller(
     )
 
 
+def _gathered(store: Store, directory: Path, run: RunId, kit: Kit) -> tuple[Book, RunRows]:
+    book = Book("controller")
+    return book, gather(book, store, directory, run, checker(kit))
+
+
+def _of_one_moment(store: Store, directory: Path, run: RunId, kit: Kit) -> tuple[Book, RunRows]:
+    """Read until twice the same is read: a controller may be writing between two of our calls."""
+    found = _gathered(store, directory, run, kit)
+    for _ in range(TRIES):
+        before, found = found, _gathered(store, directory, run, kit)
+        if before[1] == found[1]:
+            return found
+    raise StorageError(f"run {run} is written to without a pause; try again")
+
+
 @contextmanager
-def _opened(store: Store | None, directory: Path, federation: str) -> Iterator[Store]:
-    """The store given, or a copy of the folder's: a running controller holds its own file alone."""
-    if store is not None:
-        yield store
-        return
+def _copied(directory: Path, federation: str) -> Iterator[Store]:
+    """A copy of the folder's own store: a running controller holds that one alone."""
     with copied(directory / "controller.sqlite") as copy:
         opened = SqliteStore(copy, federation)
         try:

@@ -20,7 +20,9 @@ from combiners.audit_ledger import Keys
 from combiners.audit_rows import ZoneRows, read_blobs, read_zone
 from controller.audit import audit_run, join
 from controller.audit_rows import RunRows, SeenBlob, gather, see_blobs
+from controller.auditing import audit_controller
 from controller.leader import checker
+from controller.rows import RunRow
 from controller.store import SqliteStore
 from hierfl.audit import Book, Kind, RegionSummary
 from hierfl.pki import Kit
@@ -215,3 +217,30 @@ def test_a_blob_that_is_not_what_it_is_named_is_wrong_whatever_it_is(controller)
     for kind, name in blobs:
         seen = {**blobs, (kind, name): SeenBlob(error="not there")}
         assert [one.key for one in audit(rows, seen, summaries).of_kind(Kind.WRONG)] == [f"{kind}/{name}"]
+
+
+class Moving:
+    """A store that is a round behind until it has been read once."""
+
+    def __init__(self, store: SqliteStore) -> None:
+        self._store, self._times = store, 0
+
+    def runs(self) -> list[RunRow]:
+        self._times += 1
+        behind = self._times == 1
+        return [replace(run, rounds_committed=1, version=1) if behind else run for run in self._store.runs()]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+
+def test_a_store_that_is_read_row_by_row_is_read_until_it_keeps_still(state, controller):
+    folder, run = state
+    _, (_, _, summaries) = controller
+    kit, directory = Kit.load(folder / "kits" / "controller"), folder / "controller"
+    with copied(directory / "controller.sqlite") as copy:
+        store = SqliteStore(copy, FEDERATION)
+        report = audit_controller(run, directory, kit, summaries, store=Moving(store))
+        store.close()
+    assert report.book.findings == []
+    assert report.versions == 3
