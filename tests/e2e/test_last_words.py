@@ -117,3 +117,31 @@ async def test_a_region_that_misses_the_verdict_learns_it_from_the_next_controll
         assert last_words(federation, "eu") == {(1, ReceiptState.COMMITTED, 1, "")}
         assert held(federation) == []
         assert await asyncio.to_thread(audited, federation, run) == []
+
+
+async def test_a_sum_that_counts_in_a_second_run_is_audited_there_as_the_first_ones(federate):
+    async with federate(REGIONS) as federation:
+        first, second = [await federation.train(job(rounds=2, min_regions=2, min_clients=2)) for _ in range(2)]
+        assert first.summary.model_hash == second.summary.model_hash
+        assert {share.collected_in for item in second.rounds for share in item.regions} == {first.summary.run}
+        await federation.hear("counted in model version 2", times=8)
+        for run in (first, second):
+            assert await asyncio.to_thread(audited, federation, run.summary.run) == []
+
+
+async def test_a_partial_that_is_counted_in_a_later_attempt_than_it_was_collected_in_is_no_mismatch(federate):
+    async with federate(REGIONS) as federation:
+        await federation.stop_clients("us")
+        rules = {"report_timeout_s": 3, "silence_s": 0.5, "max_abandoned": 50, "evaluate_every": 0}
+        run = await federation.submit(job(rounds=1, min_regions=2, min_clients=2, **rules))
+        await federation.hear("sealed in the region's sum", times=2)
+        async with federation.operator() as operator, asyncio.timeout(30):
+            async for snapshot in operator.follow(run):
+                if snapshot.summary.rounds_abandoned:
+                    break
+        federation.start_clients("us")
+        found = await federation.outcome(run)
+        assert found.rounds[0].attempts > 1
+        await federation.hear("counted in model version 1", times=4)
+        assert last_words(federation, "eu") == {(1, ReceiptState.COMMITTED, 1, "")}
+        assert await asyncio.to_thread(audited, federation, run) == []
