@@ -15,7 +15,7 @@ from functools import reduce
 from controller.audit_rows import RunRows, SeenBlob
 from controller.committing import first_model
 from controller.merge import check_head
-from controller.planning import BYTES_PER_VALUE, plan_for
+from controller.planning import BYTES_PER_VALUE, partial_encoding, plan_for
 from controller.rows import AnswerRow, AttemptRow, ModelRow, RoundRow
 from hierfl.audit import Book, Kind, RegionSummary, SealSummary
 from hierfl.errors import HierFLError
@@ -40,6 +40,7 @@ def audit_run(book: Book, rows: RunRows, blobs: Blobs, federation: str) -> None:
         _check_attempt(book, rows, attempt)
     for answer in rows.answers:
         _check_answer(book, rows, answer, blobs, federation)
+    _check_carried(book, rows)
     _check_run(book, rows)
     _check_blobs(book, rows, blobs)
 
@@ -113,6 +114,7 @@ def _check_record(book: Book, rows: RunRows, version: int, record: CommitRecord,
         "strategy": (record.strategy, run.job.strategy.name),
         "exact_in_two_tiers": (record.exact_in_two_tiers, run.exact_in_two_tiers),
         "updates": (record.updates, run.job.updates.encoding),
+        "partial_encoding": (record.partial_encoding, partial_encoding(run, TaskKind.TRAIN)),
         "weight": (record.weight, sum(partial.weight for partial in record.partials)),
     }
     if before is not None:
@@ -273,6 +275,25 @@ def _check_answer(book: Book, rows: RunRows, answer: AnswerRow, blobs: Blobs, fe
     seen = blobs.get(("partials", answer.digest), SeenBlob())
     if seen.head is not None:
         book.expect("answers", key, "head, as the partial's bytes have it", answer.head, seen.head)
+
+
+def _check_carried(book: Book, rows: RunRows) -> None:
+    """What rounding left over of a region's counted sum goes into one later sum of it, or is lost, and never into two.
+
+    Sums of other runs have a history of their own.
+    """
+    left_over: dict[RegionId, str] = {}
+    for number, record in sorted(rows.records.items()):
+        attempt = _attempt_of(rows, TaskKind.TRAIN, number, record.attempt)
+        answers = {} if attempt is None else {answer.digest: answer for answer in rows.answers_to(attempt)}
+        for answer in (answers[partial.digest] for partial in record.partials if partial.digest in answers):
+            head = answer.head
+            if head is None or head.run != rows.run.run:
+                continue
+            if head.carried:
+                expected = left_over.get(answer.region, "")
+                book.expect("answers", f"{answer.key} of {answer.region}", "carried", head.carried, expected)
+            left_over[answer.region] = head.left_over or left_over.get(answer.region, "")
 
 
 # ---------------------------------------------------------------- the run and its blobs
