@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from controller.audit import audit_run, join, regions_counted
+from controller.audit import audit_run
+from controller.audit_regions import join, regions_counted
 from controller.audit_rows import RunRows, gather, see_blobs
 from controller.leader import checker
 from controller.replay import replay

@@ -18,7 +18,8 @@ from audited import REGIONS, train
 from combiners.audit import audit_zone, seals_of
 from combiners.audit_ledger import Keys
 from combiners.audit_rows import ZoneRows, read_blobs, read_zone
-from controller.audit import audit_run, join
+from controller.audit import audit_run
+from controller.audit_regions import join
 from controller.audit_rows import RunRows, SeenBlob, gather, see_blobs
 from controller.auditing import audit_controller
 from controller.leader import checker
