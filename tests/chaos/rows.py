@@ -17,6 +17,7 @@ from pathlib import Path
 from hierfl.failpoints import POINTS
 from hierfl.types import RunId
 from tests.chaos import books, forger, links
+from tests.chaos.audited import wrong_by_audit
 from tests.chaos.figures import Figures, spread
 from tests.chaos.load import SMALL, Load
 from tests.chaos.trial import Trial, trial
@@ -33,7 +34,7 @@ def verdict(
 ) -> Figures:
     """The figures of a case whose federation has stopped, after a look into its books."""
     found = books.read_books(folder / "federation" / "controller", zones(folder, load))
-    wrong = (*wrong, *found.wrong)
+    wrong = (*wrong, *found.wrong, *wrong_by_audit(folder / "federation"))
     figures = {**figures, "rounds": found.rounds, "updates_counted": found.counted}
     return Figures(row=row, load=str(load), repeats=repeats, clean=not wrong, wrong=wrong, figures=figures)
 
