@@ -67,7 +67,11 @@ MATRIX: Mapping[int, Promise] = {
         repeats=5,
     ),
     15: Promise("a combiner runs out of memory", "one region only, and it says what it needed"),
-    16: Promise("a clock is off by an hour, by two days", "a warning names it; past its certificate's life it is out"),
+    16: Promise(
+        "a region's clocks are an hour ahead, then two days behind",
+        "takes part, and a warning names the clock; before its certificates are valid it is out, alone, and told why",
+        repeats=3,
+    ),
     17: Promise("a region's Ray dies; it moves to another folder", "goes on from its zone's store", repeats=5),
     18: Promise("144 clients in six regions start at once, and all again", "all in, no cascade", repeats=1),
     19: Promise("a random mix of all that kills and loses", "clean on every seed", repeats=10),

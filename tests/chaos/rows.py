@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 
 from hierfl.failpoints import POINTS
+from hierfl.processes import ProgramFailed
 from hierfl.types import RunId
 from tests.chaos import books, forger, links
 from tests.chaos.audited import wrong_by_audit
@@ -197,29 +198,26 @@ async def row_14(folder: Path, repeats: int) -> Figures:
 async def row_16(folder: Path, repeats: int) -> Figures:
     """One region's clocks, its combiner's and its clients', are an hour ahead, then two days behind."""
     wrong: list[str] = []
-    region, hour, days = SMALL.names[0], "+1h", "-2d"
+    region = SMALL.names[0]
     async with trial(SMALL, folder) as harmed:
         run = await harmed.submit()
         await harmed.whole_again(run, 0)
-        for _ in range(repeats):
-            await harmed.restart_at(region, hour)
+        for turn in range(repeats):
+            await harmed.restart_at(region, "+1h")
             await harmed.whole_again(run)
-            await harmed.restart_at(region, days)  # its certificates are not valid yet
-            before = len(await harmed.rounds(run))
-            await harmed.round_after(run, before + 5)
-            if any(
-                region in [share.region for share in one.regions] for one in (await harmed.rounds(run))[before + 1 :]
-            ):
-                wrong.append(f"{region} took part two days before its certificates are valid")
+            if harmed.mentions("ahead of that of the controller") <= turn:
+                wrong.append("no warning names the clock that is an hour ahead")
+            try:
+                await harmed.restart_at(region, "-2d")  # its certificates are not valid yet
+                wrong.append("a region serves two days before its certificates are valid")
+            except ProgramFailed as failure:
+                if "the clock here says" not in str(failure):
+                    wrong.append(f"what it says does not name the clock: {failure}")
+            await harmed.round_after(run, len(await harmed.rounds(run)) + 5)
             await harmed.restart_at(region, "")
             await harmed.whole_again(run)
-        said = sum(map(harmed.mentions, ("clock is 1:00:00 ahead of", "clock is 0:59:59 ahead of")))
-        shut_out = harmed.mentions("clock")
         await harmed.end(run)
-    if not said:
-        wrong.append("no warning names the clock that is an hour ahead")
-    figures = {"warnings": said, "words_on_clocks": shut_out}
-    return verdict(16, SMALL, folder, 2 * repeats, figures, *wrong)
+    return verdict(16, SMALL, folder, 2 * repeats, {}, *wrong)
 
 
 # ---------------------------------------------------------------- 17, 18: whole regions

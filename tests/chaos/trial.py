@@ -171,7 +171,7 @@ class Trial:
     async def restart_at(self, region: str, offset: str) -> None:
         """Start a region again, its clocks off by so much (faketime's words); empty: right."""
         names = [f"combiner-{region}", f"clients-{region}-0"]
-        await asyncio.gather(*(self.federation.kill(name) for name in names))
+        await asyncio.gather(*(self.federation.kill(name) for name in names if name in self.federation.children))
         off = {"LD_PRELOAD": FAKETIME, "FAKETIME": offset} if offset else {}
         os.environ.update(off)
         try:
