@@ -98,7 +98,8 @@ class Link:
                 reason = f"the combiner at {target.address} closed the connection"
             except ComeBack as error:
                 reason = str(error)
-                belongs_here = target == self._intakes.targets(self.kit.addresses)[0]
+                first = self._intakes.targets(self.kit.addresses)[0]
+                belongs_here = target is not None and target.address == first.address  # the kit's has no name
                 after_s = error.after_s if belongs_here else 0.0  # there may be room where it belongs
             except HierFLError as error:
                 reason = str(error)
