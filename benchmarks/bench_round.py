@@ -48,6 +48,7 @@ from hierfl.types import RegionId, SiteId
 
 __all__ = ["Asked", "main", "measure"]
 
+ROOT = Path(__file__).resolve().parent.parent
 APP = Path(__file__).with_name("round_app.py")
 MOST_PROCESSES = 64
 SITES_PER_PROCESS = 16
@@ -56,6 +57,8 @@ VIRTUAL_PER_PROCESS, MOST_VIRTUAL_PROCESSES = 64, 16
 LIMIT_CLIENTS = 1_000
 """Above this there is no limit beside the rounds."""
 LIMIT_ROUNDS = 5
+HEAVY_BYTES = 2e9
+"""More than this of updates is not held in memory by virtual clients."""
 REPORT_S = 1.0
 """At least the time between two reports of a region, with the ``silence_s`` of the job below."""
 
@@ -75,6 +78,8 @@ class Asked:
     connected: int = 0
     """At most so many are connected to an intake at once, the others come back in turn; 0: as the product has it."""
     with_limit: bool = True
+    light: bool = False
+    """Virtual clients of ``benchmarks/crowd.py``, which hold neither model nor update."""
     seed: int = harness.SEED
 
     @property
@@ -112,12 +117,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--connected", type=int, default=0, metavar="N", help="at most so many at an intake at once, the others in turn"
     )
+    parser.add_argument(
+        "--light",
+        action="store_true",
+        help="virtual clients that hold neither model nor update; always where all of them would need more than 2 GB",
+    )
     parser.add_argument("--no-limit", action="store_true", help="only the rounds: the limit moves their bytes 12 times")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep logs and traces in DIR")
     given = parser.parse_args(arguments)
     if given.clients < 2 * given.regions or given.params < 1 or given.rounds < 1 or given.regions < 1:
         parser.error("two clients a region are the least (a sum of one is its update), one value, one round")
+    virtual = given.virtual or given.clients > MOST_PROCESSES
     asked = Asked(
         clients=given.clients,
         params=given.params,
@@ -125,7 +136,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rounds=given.rounds,
         intakes=given.intakes,
         encoding=given.encoding,
-        virtual=given.virtual or given.clients > MOST_PROCESSES,
+        virtual=virtual,
+        light=given.light or (virtual and given.clients * 4 * given.params > HEAVY_BYTES),
         client_disk=given.client_disk,
         connected=given.connected,
         with_limit=not given.no_limit and given.clients <= LIMIT_CLIENTS,
@@ -160,16 +172,24 @@ async def measure(asked: Asked, folder: Path) -> dict[str, Any]:
 def _environment(asked: Asked) -> Iterator[None]:
     """What the programs are told beside their command lines."""
     told = {"HIERFL_MAX_FOLLOWING": str(asked.connected)} if asked.connected else {}
-    os.environ.update(told)
+    before = dict(os.environ)
+    os.environ.update(told, PYTHONPATH=os.pathsep.join([str(ROOT), *before.get("PYTHONPATH", "").split(os.pathsep)]))
     try:
         yield
     finally:
-        for name in told:
-            del os.environ[name]
+        os.environ.clear()
+        os.environ.update(before)
+
+
+class _Crowded(Federation):
+    """With light clients."""
+
+    client_program = ("benchmarks.crowd",)
 
 
 async def _measure(asked: Asked, config: FederationConfig, folder: Path, load: float) -> dict[str, Any]:
-    async with serving(config, folder / "state", say, restart=False) as federation:
+    kind = _Crowded if asked.light else Federation
+    async with serving(config, folder / "state", say, restart=False, kind=kind) as federation:
         limits = await _beside_limit(asked, federation) if asked.with_limit else ()
         measured = await _rounds(asked, federation)
         if asked.with_limit:
@@ -187,6 +207,7 @@ async def _measure(asked: Asked, config: FederationConfig, folder: Path, load: f
         "virtual": asked.virtual,
         "client_disk": asked.client_disk,
         "connected": asked.connected,
+        "light": asked.light,
         **measured,
         "seed": asked.seed,
         "machine": {"cpu": machine.cpu, "cores": machine.cores, "memory_bytes": machine.memory_bytes},
