@@ -8,8 +8,9 @@
 A controller, a combiner with its Ray for each region, and the clients run as processes over mutual TLS; clients do
 not train, they add noise that was drawn before. ``round_s`` goes from offering the plan to the durable commit. The
 limit (``benchmarks/wire_limit.py``) is measured before and after the rounds, in the same run, for up to 1,000 clients:
-it has a thread and a socket for each. Certificates are made before, in memory. The controller and the regions write to disk; clients hold their updates in memory unless ``--client-disk``: in life each site has a disk of
-its own, here they would share the one that the servers wait for.
+it has a thread and a socket for each. Certificates are made before, in memory. The controller and the regions write to
+disk; clients hold their updates in memory unless ``--client-disk``: in life each site has a disk of its own, here they
+would share the one that the servers wait for.
 """
 
 from __future__ import annotations

@@ -49,7 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--params", type=int, default=PARAMS, help=f"float32 values of the model (default {PARAMS})")
     parser.add_argument("--rounds", type=int, default=5, help="counted ones of each point (default 5)")
     parser.add_argument("--paced", action="store_true", help=f"a fifth connected (clients: {_words(PACED_CLIENTS)})")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="default results/scale.json, results/scale_paced.json")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="default results/scale.json, results/scale_paced.json"
+    )
     parser.add_argument("--plot-only", action="store_true", help="plot what is in the file")
     given = parser.parse_args(arguments)
     name = "scale_paced" if given.paced else "scale"

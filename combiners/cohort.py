@@ -153,9 +153,7 @@ class Cohort:
         if self.weight + claim.weight > self.plan.caps.region_weight:
             self.decline(claim.key.client)
             return ClaimAnswer(key=claim.key, answer=Answer.REFUSED, reason=Reason.WEIGHT_SHARE)
-        self._put(
-            Member(client=claim.key.client, standing=Standing.CLAIMED, claim=claim, incarnation=incarnation)
-        )
+        self._put(Member(client=claim.key.client, standing=Standing.CLAIMED, claim=claim, incarnation=incarnation))
         self.weight += claim.weight
         return ClaimAnswer(key=claim.key, answer=Answer.GRANTED)
 

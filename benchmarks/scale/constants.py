@@ -114,6 +114,8 @@ class Constants:
     """How much longer work takes than its CPU seconds on as many cores: shared caches, other programs."""
     wait_s: float = 0.0
     """Of a round: commits to disk, hops between processes, wake-ups. Like the slowdown, what the simulation lacks."""
+    wait_s_mb: float = 0.0
+    """More for each MB of the model: sum and model are written and synced, one after the other, while nobody works."""
 
     def of(self, part: str, term: str) -> float:
         return self.cpu_s[part][term]
