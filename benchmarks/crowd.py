@@ -35,7 +35,8 @@ from hierfl.records import UpdateHead
 from hierfl.types import AttemptKey
 from hierfl.wire import hierfl_pb2 as pb
 from hierfl.wire import rpc, transfer
-from hierfl.wire.fetch import Fetcher
+from hierfl.wire.delta import Bases
+from hierfl.wire.fetch import Fetched, Fetcher
 
 __all__ = ["LightClient", "Passing", "update_of"]
 
@@ -53,11 +54,13 @@ class Passing(transfer.Incoming):
 class PassingFetcher(Fetcher):
     """Fetches a model that nobody here needs: its digest is checked, and not its hash."""
 
-    async def fetch(self, stub: rpc.Stub, model_hash: str, expect: transfer.Expect) -> transfer.Incoming:
+    async def fetch(
+        self, stub: rpc.Stub, model_hash: str, expect: transfer.Expect, bases: Bases | None = None
+    ) -> Fetched:
         call = stub.FetchModel(pb.FetchModelRequest(model_hash=model_hash))
         incoming = Passing(expect)
         await rpc.frames_of(call, incoming)
-        return incoming
+        return Fetched(incoming)
 
 
 def update_of(plan: Plan, place: int, weight: int) -> transfer.Outgoing:
@@ -112,7 +115,7 @@ class LightClient:
     async def _answer(self, plan: Plan) -> None:
         expect = transfer.Expect("model", plan.base.layout_hash, None, plan.base.size_bytes, vouched=plan.base.digest)
         await self._courier.patiently(
-            lambda: self.link.fetch_model(plan.base.model_hash, expect, PassingFetcher()), "no model yet"
+            lambda: self.link.fetch_model(plan.base.model_hash, expect, {}, PassingFetcher()), "no model yet"
         )
         number = zlib.crc32(self.name.encode())
         outgoing = update_of(plan, number % round_app.PLACES, 1 + number % round_app.MOST_WEIGHT)
