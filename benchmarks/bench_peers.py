@@ -29,6 +29,7 @@ if __package__ in (None, ""):  # run as a file, as in the examples
 
 from benchmarks import harness
 from benchmarks.peers.running import PeerFailed, Rounds, installed, run_script
+from hierfl import documents
 
 __all__ = ["PEERS", "Measured", "Ours", "Peer", "PeersResult", "Round", "measured", "table"]
 
@@ -193,18 +194,35 @@ def _both(ours: Sequence[Ours]) -> Ours | None:
     )
 
 
-def measure(names: Sequence[str], rounds: Sequence[Round], times: int, environments: Path, timeout_s: float) -> PeersResult:  # fmt: skip  # noqa: E501
-    """Every peer in every round; those that fail say so and stop nobody."""
-    load = round(psutil.getloadavg()[0], 2)
-    rows = [row for moved in rounds for row in _one_size(names, moved, times, environments, timeout_s)]
-    return PeersResult(
-        schema=SCHEMA,
-        machine=harness.here(),
-        load=load,
-        versions=harness.versions(),
-        seed=harness.SEED,
-        measured=tuple(rows),
-    )
+def measure(
+    names: Sequence[str],
+    rounds: Sequence[Round],
+    times: int,
+    environments: Path,
+    timeout_s: float,
+    earlier: Sequence[Measured] = (),
+) -> Iterator[PeersResult]:
+    """Every peer in every round; those that fail say so and stop nobody. The result so far after each of them.
+
+    Args:
+        earlier: Rows to begin with; one of the same peer and size is replaced.
+    """
+    load, rows = round(psutil.getloadavg()[0], 2), list(earlier)
+    for moved in rounds:
+        for row in _one_size(names, moved, times, environments, timeout_s):
+            rows = [one for one in rows if _which(one) != _which(row)] + [row]
+            yield PeersResult(
+                schema=SCHEMA,
+                machine=harness.here(),
+                load=load,
+                versions=harness.versions(),
+                seed=harness.SEED,
+                measured=tuple(rows),
+            )
+
+
+def _which(row: Measured) -> tuple[str, int, int]:
+    return row.peer, row.clients, row.params
 
 
 def _one_size(
@@ -290,20 +308,28 @@ def main() -> int:
     option("--environments", type=Path, metavar="DIR", help="install there and keep it (default: a temporary folder)")
     option("--timeout", type=float, default=900.0, metavar="S", help="longest run of one peer (default 900)")
     option("--json", type=Path, default=harness.RESULTS / "peers.json", metavar="FILE", help="where the result goes")
+    option("--add", action="store_true", help="keep the rows of other peers and sizes that are in that file")
     asked = parser.parse_args()
     if asked.times < 3:
         parser.error("--times must be 3 at least")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stopped either way, it stops what it started
     sizes = asked.rounds or [Round(4, 2_500_000)]
+    earlier = read_result(asked.json).measured if asked.add and asked.json.exists() else ()
     try:
         with _folder(asked.environments) as environments:
-            result = measure(asked.peer or list(PEERS), sizes, asked.times, environments, asked.timeout)
+            names = asked.peer or list(PEERS)
+            for result in measure(names, sizes, asked.times, environments, asked.timeout, earlier):
+                harness.write_document(asked.json, result)  # an interruption costs one row
     except KeyboardInterrupt:
-        say("stopped; nothing is left")
+        say("stopped; nothing is left but the rows in the file; --peer and --add go on from there")
         return 130
-    harness.write_document(asked.json, result)
-    print(table(result))
+    print(table(read_result(asked.json)))
     return 0
+
+
+def read_result(path: Path) -> PeersResult:
+    """A result file. Raises ``WireError`` where it is none."""
+    return documents.decode(path.read_bytes(), PeersResult, path.name)
 
 
 @contextlib.contextmanager

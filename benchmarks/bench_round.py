@@ -3,12 +3,14 @@
     python benchmarks/bench_round.py --clients 4 --params 25000000 --regions 1
     python benchmarks/bench_round.py --clients 16 --params 25000000 --regions 1 --json round.json
     python benchmarks/bench_round.py --clients 128 --params 1000 --regions 1 --virtual
+    python benchmarks/bench_round.py --clients 3000 --params 100000 --connected 600 --rounds 2
 
 A controller, a combiner with its Ray for each region, and the clients run as processes over mutual TLS; clients do
 not train, they add noise that was drawn before. ``round_s`` goes from offering the plan to the durable commit. The
-limit (``benchmarks/wire_limit.py``) is measured before and after the rounds, in the same run. The controller and the
-regions write to disk; clients hold their updates in memory unless ``--client-disk``: in life each site has a disk of
-its own, here they would share the one that the servers wait for.
+limit (``benchmarks/wire_limit.py``) is measured before and after the rounds, in the same run, for up to 1,000 clients:
+it has a thread and a socket for each. Certificates are made before, in memory. The controller and the regions write to
+disk; clients hold their updates in memory unless ``--client-disk``: in life each site has a disk of its own, here they
+would share the one that the servers wait for.
 """
 
 from __future__ import annotations
@@ -16,11 +18,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import os
 import platform
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -46,12 +49,17 @@ from hierfl.types import RegionId, SiteId
 
 __all__ = ["Asked", "main", "measure"]
 
+ROOT = Path(__file__).resolve().parent.parent
 APP = Path(__file__).with_name("round_app.py")
 MOST_PROCESSES = 64
 SITES_PER_PROCESS = 16
-VIRTUAL_PER_PROCESS = 64
+VIRTUAL_PER_PROCESS, MOST_VIRTUAL_PROCESSES = 64, 16
 """Of virtual clients; a few large processes leave the cores to the servers."""
+LIMIT_CLIENTS = 1_000
+"""Above this there is no limit beside the rounds."""
 LIMIT_ROUNDS = 5
+HEAVY_BYTES = 2e9
+"""More than this of updates is not held in memory by virtual clients."""
 REPORT_S = 1.0
 """At least the time between two reports of a region, with the ``silence_s`` of the job below."""
 
@@ -68,6 +76,11 @@ class Asked:
     encoding: str = "float32"
     virtual: bool = False
     client_disk: bool = False
+    connected: int = 0
+    """At most so many are connected to an intake at once, the others come back in turn; 0: as the product has it."""
+    with_limit: bool = True
+    light: bool = False
+    """Virtual clients of ``benchmarks/crowd.py``, which hold neither model nor update."""
     seed: int = harness.SEED
 
     @property
@@ -77,7 +90,9 @@ class Asked:
 
     def processes(self, clients: int) -> int:
         """Client processes of a region with so many clients."""
-        return -(-clients // VIRTUAL_PER_PROCESS) if self.virtual else clients
+        if not self.virtual:
+            return clients
+        return min(-(-clients // VIRTUAL_PER_PROCESS), -(-MOST_VIRTUAL_PROCESSES // self.regions))
 
     @property
     def region_names(self) -> tuple[RegionId, ...]:
@@ -100,11 +115,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="store_true",
         help="clients hold their updates on this machine's disk, which they would not share in life; else in memory",
     )
+    parser.add_argument(
+        "--connected", type=int, default=0, metavar="N", help="at most so many at an intake at once, the others in turn"
+    )
+    parser.add_argument(
+        "--light",
+        action="store_true",
+        help="virtual clients that hold neither model nor update; always where all of them would need more than 2 GB",
+    )
+    parser.add_argument("--no-limit", action="store_true", help="only the rounds: the limit moves their bytes 12 times")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep logs and traces in DIR")
     given = parser.parse_args(arguments)
     if given.clients < 2 * given.regions or given.params < 1 or given.rounds < 1 or given.regions < 1:
         parser.error("two clients a region are the least (a sum of one is its update), one value, one round")
+    virtual = given.virtual or given.clients > MOST_PROCESSES
     asked = Asked(
         clients=given.clients,
         params=given.params,
@@ -112,8 +137,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rounds=given.rounds,
         intakes=given.intakes,
         encoding=given.encoding,
-        virtual=given.virtual or given.clients > MOST_PROCESSES,
+        virtual=virtual,
+        light=given.light or (virtual and given.clients * 4 * given.params > HEAVY_BYTES),
         client_disk=given.client_disk,
+        connected=given.connected,
+        with_limit=not given.no_limit and given.clients <= LIMIT_CLIENTS,
     )
     with tempfile.TemporaryDirectory(prefix="hierfl-bench-") as folder:
         result = asyncio.run(measure(asked, given.keep or Path(folder)))
@@ -132,31 +160,43 @@ async def measure(asked: Asked, folder: Path) -> dict[str, Any]:
     """Start everything in ``folder``, run the rounds, the limit before and after them, and stop everything."""
     load = round(psutil.getloadavg()[0], 2)
     config = _federation(asked)
-    with contextlib.ExitStack() as stack:
-        if not asked.client_disk:
-            memory = stack.enter_context(tempfile.TemporaryDirectory(prefix="hierfl-bench-", dir="/dev/shm"))
-            (folder / "state").mkdir(parents=True)
-            (folder / "state" / "clients").symlink_to(memory)
+    in_memory = ["kits/sites"] if asked.client_disk else ["kits/sites", "clients"]
+    with tempfile.TemporaryDirectory(prefix="hierfl-bench-", dir="/dev/shm") as memory, _environment(asked):
+        for name in in_memory:
+            (Path(memory) / name).mkdir(parents=True)
+            (folder / "state" / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / "state" / name).symlink_to(Path(memory) / name)
         return await _measure(asked, config, folder, load)
 
 
+@contextlib.contextmanager
+def _environment(asked: Asked) -> Iterator[None]:
+    """What the programs are told beside their command lines."""
+    told = {"HIERFL_MAX_FOLLOWING": str(asked.connected)} if asked.connected else {}
+    before = dict(os.environ)
+    os.environ.update(told, PYTHONPATH=os.pathsep.join([str(ROOT), *before.get("PYTHONPATH", "").split(os.pathsep)]))
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+class _Crowded(Federation):
+    """With light clients."""
+
+    client_program = ("benchmarks.crowd",)
+
+
 async def _measure(asked: Asked, config: FederationConfig, folder: Path, load: float) -> dict[str, Any]:
-    async with serving(config, folder / "state", say, restart=False) as federation:
-        shape = _shape(asked, federation)
-        with wire_limit.running(shape) as limit:
-            await asyncio.to_thread(limit.round_s)  # the first touches pages
-            before = [await asyncio.to_thread(limit.round_s) for _ in range(LIMIT_ROUNDS)]
-            say(f"limit: {statistics.median(before):.3f} s; {asked.rounds} rounds")
-            measured = await _rounds(asked, federation)
-            partial_bytes = measured["bytes"]["border_up"] // asked.regions
-        with wire_limit.running(replace(shape, partial_bytes=partial_bytes)) as limit:
-            await asyncio.to_thread(limit.round_s)
-            after = [await asyncio.to_thread(limit.round_s) for _ in range(LIMIT_ROUNDS)]
+    kind = _Crowded if asked.light else Federation
+    async with serving(config, folder / "state", say, restart=False, kind=kind) as federation:
+        limits = await _beside_limit(asked, federation) if asked.with_limit else ()
+        measured = await _rounds(asked, federation)
+        if asked.with_limit:
+            limits += await _beside_limit(asked, federation, measured["bytes"]["border_up"] // asked.regions)
+            measured |= _limit_figures(limits, measured["round_s"]["median"])
         say("stopping")
-    limit_s = round(statistics.median([*before, *after]), 4)
-    measured["limit_s"] = limit_s
-    measured["limit_all"] = [round(seconds, 4) for seconds in (*before, *after)]
-    measured["ratio"] = round(measured["round_s"]["median"] / limit_s, 3)
     machine = harness.here()
     return {
         "schema": "hierfl.bench_round/1",
@@ -167,6 +207,8 @@ async def _measure(asked: Asked, config: FederationConfig, folder: Path, load: f
         "encoding": asked.encoding,
         "virtual": asked.virtual,
         "client_disk": asked.client_disk,
+        "connected": asked.connected,
+        "light": asked.light,
         **measured,
         "seed": asked.seed,
         "machine": {"cpu": machine.cpu, "cores": machine.cores, "memory_bytes": machine.memory_bytes},
@@ -175,6 +217,25 @@ async def _measure(asked: Asked, config: FederationConfig, folder: Path, load: f
             "python": platform.python_version(),
             **{package: version(package) for package in ("hierfl", "grpcio", "numba", "numpy", "pyarrow", "ray")},
         },
+    }
+
+
+async def _beside_limit(asked: Asked, federation: Federation, partial_bytes: int | None = None) -> tuple[float, ...]:
+    """Seconds that the bytes alone take; ``partial_bytes`` as a region's sum has been seen to have."""
+    shape = _shape(asked, federation)
+    with wire_limit.running(replace(shape, partial_bytes=partial_bytes or shape.partial_bytes)) as limit:
+        await asyncio.to_thread(limit.round_s)  # the first touches pages
+        seconds = [await asyncio.to_thread(limit.round_s) for _ in range(LIMIT_ROUNDS)]
+    say(f"limit: {statistics.median(seconds):.3f} s")
+    return tuple(seconds)
+
+
+def _limit_figures(limits: Sequence[float], round_s: float) -> dict[str, Any]:
+    limit_s = round(statistics.median(limits), 4)
+    return {
+        "limit_s": limit_s,
+        "limit_all": [round(seconds, 4) for seconds in limits],
+        "ratio": round(round_s / limit_s, 3),
     }
 
 
@@ -293,7 +354,7 @@ def _job(asked: Asked, free: dict[str, int]) -> Job:
         round=RoundRules(
             min_regions=asked.regions,
             min_clients=min(asked.per_region),
-            report_timeout_s=600,
+            report_timeout_s=3600,
             silence_s=3.0,
             evaluate_every=0,
         ),

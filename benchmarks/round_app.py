@@ -29,11 +29,11 @@ def train(task: Task) -> Update:
     size = task.params["w"].size
     place = number % PLACES
     params = task.params["w"]
-    params += _noise(int(task.config["seed"]), size + PLACES)[place : place + size]
+    params += noise(int(task.config["seed"]), size + PLACES)[place : place + size]
     return Update({"w": params}, num_examples=1 + number % MOST_WEIGHT)
 
 
 @functools.cache
-def _noise(seed: int, size: int) -> np.ndarray:
+def noise(seed: int, size: int) -> np.ndarray:
     """Drawn in the first round, which is reported apart."""
     return np.random.default_rng(seed).standard_normal(size, np.float32) * np.float32(DEVIATION)

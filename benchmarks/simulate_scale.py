@@ -2,8 +2,8 @@
 
 Some measured rounds calibrate the cost constants; the simulation then predicts the others, which it has not seen, and
 the document says how far off it is. Which rounds do what is written down beforehand (``CALIBRATE``, ``PREDICT``).
-Rounds are read from ``results/`` (those of ``python -m benchmarks rounds`` and of ``bench_scale`` among them) and from
-the folders that are given: every result of ``bench_round`` there.
+Rounds are read from ``results/`` (those of ``python -m benchmarks rounds`` among them) and from the folders that are
+given: every result of ``bench_round`` there.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ SMALL = 1_000
 CALIBRATE: tuple[Size, ...] = (
     Size(clients=4, params=SMALL),
     Size(clients=16, params=SMALL),
-    Size(clients=128, params=SMALL, virtual=True),
+    Size(clients=32, params=SMALL, virtual=True),
+    Size(clients=500, params=SMALL, virtual=True),
     Size(clients=6, params=SMALL, regions=3),
     Size(clients=4, params=2_500_000),
     Size(clients=6, params=2_500_000, regions=3),
@@ -52,10 +53,9 @@ CALIBRATE: tuple[Size, ...] = (
 )
 PREDICT: tuple[Size, ...] = (
     Size(clients=16, params=SMALL, virtual=True),
-    Size(clients=300, params=SMALL, virtual=True),
+    Size(clients=128, params=SMALL, virtual=True),
     Size(clients=300, params=SMALL, regions=3, virtual=True),
     Size(clients=1_000, params=SMALL, virtual=True),
-    Size(clients=1_000, params=SMALL, regions=3, virtual=True),
     Size(clients=16, params=2_500_000),
     Size(clients=12, params=2_500_000, regions=3),
     Size(clients=16, params=25_000_000),
@@ -73,18 +73,22 @@ examples:
 
 
 def calibrate(runs: Sequence[Run], cores: int) -> Constants:
-    """Constants from these runs: CPU terms first, then the slowdown and the wait that bring the simulation to them.
+    """Constants from these runs: CPU terms first, then the slowdown and the waits that bring the simulation to them.
 
     Raises:
         ValueError: Too few runs.
     """
     constants = fit(runs)
-    simulated = np.array([[simulate(run.size, constants, cores)[0], 1.0] for run in runs])
+    simulated = np.array([simulate(run.size, constants, cores)[0] for run in runs])
     measured = np.array([run.round_s for run in runs])
-    slowdown, wait_s = nonnegative_least_squares(simulated / measured[:, None], np.ones(len(runs)))
-    if slowdown < 1:  # work cannot be faster than itself: what is missing is no wait either
-        slowdown, wait_s = 1.0, max(0.0, float(np.median(measured - simulated[:, 0])))
-    return replace(constants, slowdown=round(float(slowdown), 4), wait_s=round(float(wait_s), 4))
+    waits = np.array([[1.0, run.size.model_mb] for run in runs])
+    whole = np.column_stack([simulated, waits]) / measured[:, None]
+    slowdown, *wait_s = nonnegative_least_squares(whole, np.ones(len(runs)))
+    if slowdown < 1:  # work cannot be faster than itself
+        slowdown = 1.0
+        wait_s = nonnegative_least_squares(waits / measured[:, None], 1 - simulated / measured)
+    slowdown, fixed_s, mb_s = (round(float(value), 5) for value in (slowdown, *wait_s))
+    return replace(constants, slowdown=slowdown, wait_s=fixed_s, wait_s_mb=mb_s)
 
 
 def predict(run: Run, constants: Constants, cores: int) -> Prediction:
@@ -172,7 +176,7 @@ def measure(runs: Mapping[Size, Run], folder: Path, most_mb: float) -> None:
         kind = "-virtual" if size.virtual else ""
         file = folder / f"{size.clients}x{size.params}-{size.regions}{kind}.json"
         options = ["--clients", size.clients, "--params", size.params, "--regions", size.regions, "--json", file]
-        options += ["--virtual"] if size.virtual else []
+        options += ["--no-limit", *(["--virtual"] if size.virtual else [])]
         process = subprocess.Popen([sys.executable, str(ROUND_BENCH), *map(str, options)], stdout=subprocess.DEVNULL)
         try:
             if process.wait():

@@ -83,6 +83,7 @@ def _part(process: psutil.Process) -> str:
         ("ray::RegionActor", "region"),
         ("hierfl controller serve", "controller"),
         ("hierfl client run", "client"),
+        ("benchmarks.crowd", "client"),
     ):
         if words in title:
             return part

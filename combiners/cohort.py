@@ -6,14 +6,15 @@ digest, its weight and the incarnation that holds its bytes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum, StrEnum
 
 from combiners.messages import Answer, Claim, ClaimAnswer
 from hierfl.plan import Plan
 from hierfl.receipts import Reason, Receipt, ReceiptEvent, ReceiptState, next_receipt
-from hierfl.types import ClientRef
+from hierfl.types import ClientRef, SiteId
 
 __all__ = ["Cohort", "Member", "Outlook", "Standing"]
 
@@ -64,60 +65,87 @@ def num_sites(clients: Iterable[ClientRef]) -> int:
 
 
 class Cohort:
-    """Members of one attempt by client."""
+    """Members of one attempt by client; how many stand where is counted as they move, never looked for."""
 
     def __init__(self, plan: Plan, k: int) -> None:
         self.plan = plan
         self.k = k
-        self.members: dict[ClientRef, Member] = {}
         self.weight = 0
         """Sum of the weights granted."""
+        self._members: dict[ClientRef, Member] = {}
+        self._sites: dict[Standing, Counter[SiteId]] = {standing: Counter() for standing in Standing}
+        """Members of each site, by standing."""
+        self._num = dict.fromkeys(Standing, 0)
 
     def __iter__(self) -> Iterator[Member]:
-        return iter(self.members.values())
+        return iter(self._members.values())
 
-    def with_standing(self, *standings: Standing) -> list[ClientRef]:
-        return [member.client for member in self if member.standing in standings]
+    @property
+    def members(self) -> Mapping[ClientRef, Member]:
+        return self._members
+
+    def count(self, *standings: Standing) -> int:
+        """Members with one of these standings."""
+        return sum(self._num[standing] for standing in standings)
 
     def enough(self, clients: Iterable[ClientRef]) -> bool:
         """Whether these clients are as many, from as many sites, as the plan and the zone ask for."""
         clients = list(clients)
         return len(clients) >= self.plan.min_clients and num_sites(clients) >= self.k
 
+    def enough_with(self, *standings: Standing) -> bool:
+        """Whether the members with one of these standings are ``enough``."""
+        if self.count(*standings) < self.plan.min_clients:
+            return False
+        sites = [self._sites[standing].keys() for standing in standings]
+        return max(map(len, sites)) >= self.k or len(set().union(*sites)) >= self.k
+
     def outlook(self) -> Outlook:
         """The closing rule: wait for all that are expected, and for those that went while too few are in."""
         standing = Standing
-        folded = self.with_standing(standing.FOLDED)
-        if self.with_standing(standing.CLAIMED):
+        if self.count(standing.CLAIMED):
             return Outlook.WAIT
-        if self.enough(folded):
-            return Outlook.WAIT if self.with_standing(standing.EXPECTED) else Outlook.COMPLETE
-        hoped_for = self.with_standing(standing.FOLDED, standing.EXPECTED, standing.GONE)
-        return Outlook.WAIT if self.enough(hoped_for) else Outlook.HOPELESS
+        if self.enough_with(standing.FOLDED):
+            return Outlook.WAIT if self.count(standing.EXPECTED) else Outlook.COMPLETE
+        hoped_for = self.enough_with(standing.FOLDED, standing.EXPECTED, standing.GONE)
+        return Outlook.WAIT if hoped_for else Outlook.HOPELESS
+
+    def _put(self, member: Member) -> None:
+        """The only place where a member is added or moves."""
+        site, before = member.client.site, self._members.get(member.client)
+        if before is not None:
+            left = self._sites[before.standing]
+            left[site] -= 1
+            if not left[site]:
+                del left[site]
+            self._num[before.standing] -= 1
+        self._sites[member.standing][site] += 1
+        self._num[member.standing] += 1
+        self._members[member.client] = member
 
     def expect(self, client: ClientRef) -> None:
         """The client is connected and has the offer. One that had left or declined is asked again."""
-        member = self.members.get(client)
+        member = self._members.get(client)
         if member is None or not member.is_in:
-            self.members[client] = Member(client=client)
+            self._put(Member(client=client))
 
     def decline(self, client: ClientRef) -> None:
         self._set_aside(client, Standing.DECLINED)
 
     def miss(self, client: ClientRef) -> None:
         """The client has been away for the grace."""
-        member = self.members.get(client)
+        member = self._members.get(client)
         if member is not None and member.standing is Standing.EXPECTED:
             self._set_aside(client, Standing.GONE)
 
     def _set_aside(self, client: ClientRef, standing: Standing) -> None:
-        member = self.members.get(client)
+        member = self._members.get(client)
         if member is not None and not member.is_in:
-            self.members[client] = Member(client=client, standing=standing)
+            self._put(Member(client=client, standing=standing))
 
     def claim(self, incarnation: str, claim: Claim) -> ClaimAnswer:
         """Grant a claim, or say why not. Asked twice, it answers the same."""
-        member = self.members.get(claim.key.client)
+        member = self._members.get(claim.key.client)
         if member is not None and member.claim is not None:
             return self._claimed_before(member, incarnation, claim)
         if not 1 <= claim.weight <= self.plan.caps.max_weight:
@@ -125,9 +153,7 @@ class Cohort:
         if self.weight + claim.weight > self.plan.caps.region_weight:
             self.decline(claim.key.client)
             return ClaimAnswer(key=claim.key, answer=Answer.REFUSED, reason=Reason.WEIGHT_SHARE)
-        self.members[claim.key.client] = Member(
-            client=claim.key.client, standing=Standing.CLAIMED, claim=claim, incarnation=incarnation
-        )
+        self._put(Member(client=claim.key.client, standing=Standing.CLAIMED, claim=claim, incarnation=incarnation))
         self.weight += claim.weight
         return ClaimAnswer(key=claim.key, answer=Answer.GRANTED)
 
@@ -141,9 +167,9 @@ class Cohort:
 
     def fold(self, incarnation: str, client: ClientRef) -> None:
         """The claim's bytes are in the accumulator of ``incarnation``. Another's word is ignored."""
-        member = self.members.get(client)
+        member = self._members.get(client)
         if member is not None and member.is_in and member.incarnation == incarnation:
-            self.members[client] = replace(member, standing=Standing.FOLDED)
+            self._put(replace(member, standing=Standing.FOLDED))
 
     def let_go(self, incarnation: str, clients: Iterable[ClientRef] | None = None) -> list[ClientRef]:
         """Free the claims of ``incarnation`` (those of ``clients``, or all): they are expected again."""
@@ -151,7 +177,7 @@ class Cohort:
         freed = list(held) if clients is None else [client for client in clients if client in held]
         for client in freed:
             self.weight -= held[client].weight
-            self.members[client] = Member(client=client)
+            self._put(Member(client=client))
         return freed
 
     def claims_of(self, incarnation: str) -> dict[ClientRef, Claim]:

@@ -58,6 +58,15 @@ __all__ = ["serve"]
     help="Largest part of a sum's weight that one site may carry.",
 )
 @click.option(
+    "--max-following",
+    default=4000,
+    show_default=True,
+    type=click.IntRange(min=1),
+    envvar="HIERFL_MAX_FOLLOWING",
+    metavar="N",
+    help="Clients connected to an intake at once; the others are told when to come back, and are waited for.",
+)
+@click.option(
     "--ray-address",
     default="",
     envvar="HIERFL_RAY_ADDRESS",
@@ -74,6 +83,7 @@ def serve(
     intakes: int,
     k: int,
     max_share: float,
+    max_following: int,
     ray_address: str,
     ready_file: Path | None,
 ) -> None:
@@ -88,6 +98,7 @@ def serve(
       hierfl combiner serve --kit KIT --dir DIR --intakes 2 --listen 0.0.0.0:4433 --listen 0.0.0.0:4434
       hierfl combiner serve --kit KIT --dir DIR --ray-address auto --listen 0.0.0.0:4433
     """
+    from combiners.desk import IntakeSettings
     from combiners.settings import RegionSettings
     from combiners.supervisor import CombinerSettings
     from hierfl.residency import ZonePolicy
@@ -101,6 +112,7 @@ def serve(
         advertise=advertise,
         intakes=intakes,
         ray_address=ray_address,
+        intake=IntakeSettings(max_following=max_following),
         region=RegionSettings(policy=ZonePolicy(k=k, max_share=max_share)),
     )
     asyncio.run(_serve(settings, ready_file))

@@ -34,6 +34,7 @@ from combiners.messages import (
     serves,
 )
 from combiners.pacing import Pacer
+from combiners.turns import Turns
 from hierfl import documents, observe
 from hierfl.endpoints import EndpointList
 from hierfl.errors import (
@@ -59,8 +60,6 @@ __all__ = ["Desk", "IntakeSettings"]
 RETRY_S = 0.5
 """A claim that has to wait for a seal is made again after so long, if nothing was heard."""
 RETRY_AFTER_MS = 500
-LOOK_AGAIN_S = 0.2
-"""After so long a full intake looks again whether somebody can make room."""
 FULL = "as many clients are connected here as this combiner takes at once; come back when it says"
 INLINE_BYTES = 65_536
 """A smaller update is checked on the event loop: handing it to a thread would cost more."""
@@ -113,7 +112,7 @@ class Desk:
         """The region's list, as this intake was last told; kept when the incarnation ends."""
         self.endpoints_age = (0, 0)
         self._pacer = Pacer(settings.max_following, settings.least_turn_s)
-        self._full_until_s = 0.0
+        self._turns = Turns(self._is_idle)
         self.attempts: dict[AttemptKey, Folding] = {}
         self.bytes_in = self.bytes_out = 0
         self.is_stopping = False
@@ -228,6 +227,7 @@ class Desk:
         for session in self.followers.serving(attempt.plan):
             if session.client not in attempt.folded:
                 session.send(withdrawal)
+        self._turns.note_all(self.followers)
 
     async def deliver(self, receipts: tuple[Receipt, ...]) -> None:
         for receipt in receipts:
@@ -250,21 +250,24 @@ class Desk:
         if len(self.followers) >= self.settings.max_following:
             self._make_room(client, apps)
         self._pacer.came(client)
-        return self.followers.join(client, apps)
+        session = self.followers.join(client, apps)
+        self._turns.note([session])
+        return session
+
+    def leave(self, session: Session) -> None:
+        """A client's stream has ended."""
+        self._turns.forget(session)
+        self.followers.leave(session)
 
     def _make_room(self, client: ClientRef, apps: tuple[App, ...]) -> None:
         own = next((session for session in self.followers.of(client) if not session.is_over), None)
         if own is not None:
             own.end()  # a stream that broke on its way, and the client is back before that was noticed
             return
-        now_s = time.monotonic()
-        if now_s >= self._full_until_s:
-            idle = min(filter(self._is_idle, self.followers), key=lambda session: session.since_s, default=None)
-            if idle is not None:
-                idle.end(self._send_away(idle.client, idle.apps))
-                return
-            self._full_until_s = now_s + LOOK_AGAIN_S
-        raise self._send_away(client, apps)
+        idle = self._turns.take()
+        if idle is None:
+            raise self._send_away(client, apps)
+        idle.end(self._send_away(idle.client, idle.apps))
 
     def _is_idle(self, session: Session) -> bool:
         """Whether every open attempt that the client serves has its answer."""
@@ -285,7 +288,7 @@ class Desk:
         if attempt is None or key.client in attempt.answered:
             return
         attempt.answered.add(key.client)
-        self._full_until_s = 0.0
+        self._turns.note(self.followers.of(key.client))
         since_s = min((session.since_s for session in self.followers.of(key.client)), default=None)
         if since_s is not None:
             self._pacer.took(time.monotonic() - since_s)

@@ -38,6 +38,7 @@ class Session:
     is_over: bool = False
     goodbye: ComeBack | None = None
     """What the stream ends with, where it is not just closed."""
+    on_end: Callable[[], None] = lambda: None
 
     def send(self, event: pb.FollowResponse) -> None:
         """Queue an event; a session that is too far behind ends."""
@@ -48,6 +49,8 @@ class Session:
 
     def end(self, goodbye: ComeBack | None = None) -> None:
         """End the stream, whatever waits in it."""
+        if not self.is_over:
+            self.on_end()
         self.is_over, self.goodbye = True, goodbye
         while not self.queue.empty():
             self.queue.get_nowait()
@@ -62,16 +65,21 @@ class Followers:
         self._tell = tell
         self._sessions: dict[ClientRef, list[Session]] = {}
         self._away: dict[ClientRef, tuple[tuple[App, ...], asyncio.TimerHandle]] = {}
+        self._num_open = 0
 
     def __len__(self) -> int:
         """Streams that go on."""
-        return sum(1 for _ in self)
+        return self._num_open
+
+    def _ended(self) -> None:
+        self._num_open -= 1
 
     def __iter__(self) -> Iterator[Session]:
         return (session for sessions in self._sessions.values() for session in sessions if not session.is_over)
 
     def join(self, client: ClientRef, apps: tuple[App, ...]) -> Session:
-        session = Session(client, apps)
+        session = Session(client, apps, on_end=self._ended)
+        self._num_open += 1
         self._stop_waiting_for(client)
         self._sessions.setdefault(client, []).append(session)
         self._tell(self._presence(client))
@@ -79,6 +87,8 @@ class Followers:
 
     def leave(self, session: Session) -> None:
         before = self._presence(session.client)
+        if not session.is_over:
+            session.end()
         sessions = self._sessions[session.client]
         sessions.remove(session)
         if not sessions:

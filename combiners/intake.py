@@ -161,7 +161,7 @@ class _ClientService:
             if session.goodbye is not None:
                 raise session.goodbye
         finally:
-            self._desk.followers.leave(session)
+            self._desk.leave(session)
 
     async def Admit(self, request: pb.AdmitRequest, context: Any) -> pb.AdmitResponse:  # noqa: N802
         key = UpdateKey(key_from_proto(request.key), _client())

@@ -238,7 +238,7 @@ class Reception:
                     key=key_to_proto(attempt.key),
                     phase=attempt.phase.word,
                     clients_ready=len(self._shell.region.ready(attempt.plan)),
-                    clients_reported=len(attempt.cohort.with_standing(Standing.FOLDED)),
+                    clients_reported=attempt.cohort.count(Standing.FOLDED),
                     cohort=len(attempt.cohort.members),
                 )
                 for attempt in self._shell.region.attempts.values()

@@ -352,10 +352,11 @@ class Region:
             self._abstain(key, Reason.LATE)
 
     def _decide_begin(self, attempt: Attempt) -> None:
-        ready = self.ready(attempt.plan)
         if attempt.is_past_deadline:
             self._abstain(attempt.key, Reason.TOO_FEW_SITES)
-        elif attempt.cohort.enough(ready):
+        elif len(self.connected) < attempt.plan.min_clients:
+            return  # asked at every arrival: too few are known without looking at each
+        elif attempt.cohort.enough(ready := self.ready(attempt.plan)):
             attempt.step(Step.BEGIN)
             for client in ready:
                 attempt.cohort.expect(client)
@@ -363,11 +364,10 @@ class Region:
 
     def _decide_close(self, attempt: Attempt) -> None:
         outlook = attempt.cohort.outlook()
-        granted = attempt.cohort.with_standing(Standing.CLAIMED, Standing.FOLDED)
         if outlook is Outlook.COMPLETE:
             self._freeze(attempt)
         elif attempt.is_past_deadline or self.is_draining:
-            if attempt.cohort.enough(granted):
+            if attempt.cohort.enough_with(Standing.CLAIMED, Standing.FOLDED):
                 self._freeze(attempt)
             elif self.is_draining:
                 self._hand_back(attempt)

@@ -50,6 +50,9 @@ Arguments = Callable[[], list[str]]
 class Federation:
     """The running processes of one federation. Made by ``serving``."""
 
+    client_program: tuple[str, ...] = ("hierfl", "client", "run")
+    """Module and arguments that clients are started with; benchmarks have others, with the same options."""
+
     def __init__(
         self,
         config: FederationConfig,
@@ -104,7 +107,7 @@ class Federation:
         def arguments() -> list[str]:
             listen = self._listen("controller", self.config.controller.listen)[0]
             options = ("--kit", self._kit("controller"), "--dir", self.state / "controller", "--listen", listen)
-            return ["controller", "serve", *map(str, options)]
+            return ["hierfl", "controller", "serve", *map(str, options)]
 
         await self._start("controller", arguments)
 
@@ -125,7 +128,7 @@ class Federation:
                 *("--k", region.k, "--max-share", region.max_share),
                 *(part for listen in listens for part in ("--listen", listen)),
             ]
-            return ["combiner", "serve", *map(str, options)]
+            return ["hierfl", "combiner", "serve", *map(str, options)]
 
         await self._start(f"combiner-{name}", arguments)
         self._say(f"region {name} serves at {', '.join(self._addresses[f'combiner-{name}'])}")
@@ -141,7 +144,7 @@ class Federation:
             options = ["--dir", str(self.state / "clients" / process)]
             options += [part for kit in kits for part in ("--kit", str(kit))]
             options += [part for item in sites[0].options.items() for part in ("--set", "=".join(item))]
-            command = ["client", "run", sites[0].app, *options]
+            command = [*self.client_program, sites[0].app, *options]
             await self._start(process, partial(list, command), has_ready_line=False)
 
     async def kill(self, name: str) -> None:
@@ -175,7 +178,7 @@ class Federation:
     async def _launch(self, name: str, arguments: Arguments, *, has_ready_line: bool) -> Child:
         program = Program(
             name=name,
-            argv=[sys.executable, "-m", "hierfl", *arguments()],
+            argv=[sys.executable, "-m", *arguments()],
             log=self.state / "logs" / f"{name}.log",
             has_ready_line=has_ready_line,
         )
@@ -262,7 +265,13 @@ def provision_all(config: FederationConfig, state: Path) -> None:
 
 @asynccontextmanager
 async def serving(
-    config: FederationConfig, state: Path, say: Say, *, restart: bool = True, well_s: float = WELL_S
+    config: FederationConfig,
+    state: Path,
+    say: Say,
+    *,
+    restart: bool = True,
+    well_s: float = WELL_S,
+    kind: type[Federation] = Federation,
 ) -> AsyncIterator[Federation]:
     """A federation, started; stopped at the end, also when starting failed or was interrupted.
 
@@ -273,7 +282,7 @@ async def serving(
     state.mkdir(parents=True, exist_ok=True)
     try:
         async with asyncio.TaskGroup() as watchers:
-            federation = Federation(config, state, say, watchers, restart=restart, well_s=well_s)
+            federation = kind(config, state, say, watchers, restart=restart, well_s=well_s)
             with claim(state, federation.fleet):
                 try:
                     await federation.start()

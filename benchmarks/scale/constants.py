@@ -62,10 +62,11 @@ class Run:
 
 
 def read_run(document: Mapping[str, Any]) -> Run | None:
-    """A result of ``bench_round``; None where it is none, or of rounds that are not simulated (encodings, disks)."""
+    """A result of ``bench_round``; None where it is none, or of rounds that are not simulated: encodings, disks,
+    clients that come and go, or that hold nothing."""
     if document.get("schema") != "hierfl.bench_round/1" or "cpu_s_by_part" not in document:
         return None
-    if document.get("encoding") != "float32" or document.get("client_disk"):
+    if document.get("encoding") != "float32" or any(map(document.get, ("client_disk", "connected", "light"))):
         return None
     size = Size(**{name: document[name] for name in ("clients", "params", "regions", "intakes", "virtual")})
     return Run(
@@ -113,6 +114,8 @@ class Constants:
     """How much longer work takes than its CPU seconds on as many cores: shared caches, other programs."""
     wait_s: float = 0.0
     """Of a round: commits to disk, hops between processes, wake-ups. Like the slowdown, what the simulation lacks."""
+    wait_s_mb: float = 0.0
+    """More for each MB of the model: sum and model are written and synced, one after the other, while nobody works."""
 
     def of(self, part: str, term: str) -> float:
         return self.cpu_s[part][term]

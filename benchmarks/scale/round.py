@@ -153,4 +153,5 @@ def simulate(size: Size, constants: Constants, cores: int) -> tuple[float, float
     made = _Round(size, constants, cores)
     over = made.machine.env.process(made.run())
     made.machine.env.run(over)
-    return float(made.machine.env.now) * constants.slowdown + constants.wait_s, made.machine.busy_s
+    wait_s = constants.wait_s + constants.wait_s_mb * size.model_mb
+    return float(made.machine.env.now) * constants.slowdown + wait_s, made.machine.busy_s

@@ -75,8 +75,9 @@ Terms are not negative; 0 says that the rounds cannot tell the term from the oth
 {_table(("part", "for each", "CPU"), rows, right=1)}
 
 Work took {constants.slowdown:.2f} x its CPU time on as many cores (shared caches, other programs), and beside it a \
-round waits {1000 * constants.wait_s:.0f} ms (commits to disk, hops between processes); both are fitted to the same \
-rounds, and neither is used below where the costs are multiplied."""
+round waits {1000 * constants.wait_s:.0f} ms (commits to disk, hops between processes) and \
+{1000 * constants.wait_s_mb:.1f} ms for each MB of the model (sum and model are written and synced); \
+these are fitted to the same rounds, and none is used below where the costs are multiplied."""
 
 
 def _simulation(predictions: Sequence[Prediction]) -> str:

@@ -41,9 +41,11 @@ from hierfl.wire.convert import key_to_proto, receipt_from_proto
 from hierfl.wire.delta import Bases
 from hierfl.wire.fetch import Fetched, Fetcher
 
-__all__ = ["Link", "Waits", "checked", "probe", "receipts_at"]
+__all__ = ["DIALS_AT_ONCE", "Link", "Waits", "checked", "probe", "receipts_at"]
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
+DIALS_AT_ONCE = 8
+"""By the clients of one process: hundreds that dial at the same moment would all wait for too long, and try again."""
 DIAL_S = 10.0
 """In which an intake of the list has to answer; the kit's addresses have as long as any call."""
 SPREAD_S = 2.0
@@ -62,13 +64,21 @@ Say = Callable[[str], None]
 class Link:
     """One client's connection. A call made while it is down raises ``Unreachable``."""
 
-    def __init__(self, kit: Kit, apps: Sequence[tuple[str, str]], intakes: Intakes, say: Say) -> None:
+    def __init__(
+        self,
+        kit: Kit,
+        apps: Sequence[tuple[str, str]],
+        intakes: Intakes,
+        say: Say,
+        dialling: asyncio.Semaphore | None = None,
+    ) -> None:
         """
         Args:
             kit: Of a client, with the combiner's addresses.
             apps: (name, version) of what runs here.
             intakes: What the client knows of its region's intakes.
             say: Takes a sentence for the site's administrator.
+            dialling: Held while it dials; shared by the clients of a process.
         Raises:
             ConfigError: The kit is not a client's, or names no address.
         """
@@ -80,6 +90,7 @@ class Link:
         self._apps = [pb.App(name=name, version=version) for name, version in apps]
         self._intakes, self._listed = intakes, asyncio.Event()
         self._is_moving = False
+        self._dialling = dialling or asyncio.Semaphore()
         self._say = say
         self._up = asyncio.Event()
         self._stub: Any = None
@@ -92,13 +103,15 @@ class Link:
             try:
                 self._reload_kit()
                 target = self._intakes.targets(self.kit.addresses)[0]
-                async with connected(self.kit, target.address, DIAL_S if target.name else None) as stub:
+                patience_s = DIAL_S if target.name else None
+                async with connected(self.kit, target.address, patience_s, self._dialling) as stub:
                     async for event in self._follow(stub, target):
                         yield event
                 reason = f"the combiner at {target.address} closed the connection"
             except ComeBack as error:
                 reason = str(error)
-                belongs_here = target == self._intakes.targets(self.kit.addresses)[0]
+                first = self._intakes.targets(self.kit.addresses)[0]
+                belongs_here = target is not None and target.address == first.address  # the kit's has no name
                 after_s = error.after_s if belongs_here else 0.0  # there may be room where it belongs
             except HierFLError as error:
                 reason = str(error)
@@ -294,11 +307,14 @@ def checked(kit: Kit) -> Kit:
 
 
 @asynccontextmanager
-async def connected(kit: Kit, address: str, patience_s: float | None = None) -> AsyncIterator[Any]:
+async def connected(
+    kit: Kit, address: str, patience_s: float | None = None, dialling: asyncio.Semaphore | None = None
+) -> AsyncIterator[Any]:
     """A stub of the combiner at ``address`` after its hello; the channel is closed at the end.
 
     Args:
         patience_s: Seconds in which it has to answer; as any call where not given.
+        dialling: Held until it has answered.
     Raises:
         Unreachable, VersionMismatch, IdentityError: No combiner of the kit's region answers there.
     """
@@ -307,7 +323,7 @@ async def connected(kit: Kit, address: str, patience_s: float | None = None) -> 
     try:
         stub = rpc.stub(channel, "CombinerService")
         try:
-            async with asyncio.timeout(patience_s):
+            async with dialling or asyncio.Semaphore(), asyncio.timeout(patience_s):
                 await rpc.hello(stub, f"the combiner of {kit.identity.region}", address)
         except TimeoutError:
             raise Unreachable(f"the combiner at {address} did not answer within {patience_s:g} s") from None

@@ -25,7 +25,7 @@ from hierfl.client.courier import TRY_AGAIN, Courier
 from hierfl.client.folder import ClientFolder
 from hierfl.client.held import Held, Work, encode_update
 from hierfl.client.intakes import Intakes
-from hierfl.client.link import Link, checked
+from hierfl.client.link import DIALS_AT_ONCE, Link, checked
 from hierfl.client.models import FetchedModel, ModelCache, OwnModels
 from hierfl.client.offers import SitePolicy, accept, check_groups, decline_code
 from hierfl.client.receiptlog import HELD_TOO_LONG, UNKNOWN_THERE, receipt_of
@@ -73,6 +73,7 @@ class Site:
     say: Callable[[str], None]
     on_round_over: Callable[[ClientRef, AttemptKey], None] = lambda client, key: None
     """Called when a client has nothing more to do for a round: last word, or declined."""
+    dialling: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(DIALS_AT_ONCE))
     models: ModelCache = field(default_factory=ModelCache)
     own_models: OwnModels = field(default_factory=OwnModels)
 
@@ -112,7 +113,7 @@ class Session:
         app = site.policy.app
         self.folder = ClientFolder(directory, self.client)
         intakes = Intakes(kit, self.folder.path / "endpoints", self.say)
-        self.link = Link(kit, [(app.name, app.version)], intakes, self.say)
+        self.link = Link(kit, [(app.name, app.version)], intakes, self.say, site.dialling)
         self.courier = Courier(self.link, self.say)
         self.updates = self.folder.updates
         self._answers: dict[Work, _Answer] = {}

@@ -40,3 +40,17 @@ async def test_when_all_are_sent_away_nobody_is_waited_for():
     followers.turn_away(CLIENT, APPS, after_s=60, grace_s=60)
     followers.end_all()
     assert told == [HERE, GONE]
+
+
+async def test_streams_are_counted_as_they_end_however_they_end():
+    followers = Followers(lambda _: None)
+    first, second, third = [followers.join(CLIENT, APPS) for _ in range(3)]
+    assert len(followers) == len(list(followers)) == 3
+    first.end()
+    first.end()
+    followers.leave(first)
+    followers.leave(second)
+    assert len(followers) == len(list(followers)) == 1
+    followers.end_all()
+    followers.leave(third)
+    assert len(followers) == 0
