@@ -53,7 +53,7 @@ class SumsLost(StorageError):
 
 
 def can_stream(instruction: Seal, hand_overs: Sequence[HandOver]) -> bool:
-    """Whether a seal is made here: some of the sums are at shards, and they are packed as they are, without rounding."""
+    """Whether a seal is made here: some of the sums are at shards, and they are packed unrounded."""
     is_exact = instruction.plan.partial_encoding == PACKED and not instruction.plan.drop_bits
     return is_exact and any(one.ranged is not None for one in hand_overs)
 

@@ -64,13 +64,17 @@ async def test_every_grouping_makes_the_same_model_from_encoded_updates(federate
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("updates", [UpdateChoice(), ENCODINGS[1], ENCODINGS[3]], ids=lambda updates: updates.encoding)
-async def test_shards_make_the_model_that_their_intake_alone_would_make(federate, updates):
+@pytest.mark.parametrize(
+    ("updates", "drop_bits"),
+    [(UpdateChoice(), 0), (ENCODINGS[1], 0), (ENCODINGS[3], 0), (UpdateChoice(), 12)],
+    ids=["float32", "int8", "topk", "rounded partials"],
+)
+async def test_shards_make_the_model_that_their_intake_alone_would_make(federate, updates, drop_bits):
     models = {}
     for shards in (0, 1, 3):
         app, regions = noisy_app(delay_s=0.05, num_values=20_000), split(1, SITES[:4])
         async with federate(regions, app=app, intake=IntakeSettings(shards=shards)) as federation:
-            found = await federation.train(job(min_clients=4, updates=updates))
+            found = await federation.train(job(min_clients=4, updates=updates, drop_bits=drop_bits))
             assert len(federation.combiners[REGIONS[0]].shards) == shards
         assert found.summary.state == "finished", found.summary.reason
         trained = [item for item in found.rounds if item.task == 1]
