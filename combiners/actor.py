@@ -28,6 +28,7 @@ from combiners.host import RegionHost
 from combiners.intake import IntakeHost
 from combiners.messages import ClientView, HandOver, IntakePort, Model, Opening, Registration, Tick, TickReply
 from combiners.settings import RegionSettings
+from combiners.shard_actor import make_shard
 from hierfl import buffers, kernels, observe
 from hierfl.aggregation import PartialAggregate
 from hierfl.errors import HierFLError, PortInUse, StorageError, StoreLocked, Unreachable
@@ -177,7 +178,9 @@ class _IntakeOverRay:
     async def _handed(self, listed: Any, sums: Any) -> HandOver:
         """The list comes here; the sums stay where they are until somebody adds them."""
         hand_over: HandOver = await _answer(listed)
-        return replace(hand_over, stored=_Stored(hand_over.incarnation, sums)) if hand_over.entries else hand_over
+        if hand_over.ranged is not None or not hand_over.entries:
+            return hand_over
+        return replace(hand_over, stored=_Stored(hand_over.incarnation, sums))
 
     async def resume(self, key: AttemptKey, seal_id: str) -> None:
         await _answer(self._handle.resume.remote(key, seal_id))
@@ -267,7 +270,7 @@ class IntakeActor:
         port = _RegionOverRay(ray.get_actor(region), ray.get_runtime_context().current_actor)
 
         async def make() -> IntakeHost:
-            host = IntakeHost(name, loaded, port, settings)
+            host = IntakeHost(name, loaded, port, settings, make_shard)
             try:
                 await host.start(listen, advertise)
             except PortInUse:

@@ -66,6 +66,11 @@ class Line:
         self._inside: dict[bytes, _Place] = {}
         self._held: dict[tuple[UpdateKey, str, int], _Place] = {}
 
+    def resize(self, max_bytes: int) -> None:
+        """Other bytes in all from now on; who is inside stays."""
+        self._max_bytes = max_bytes
+        self._advance()
+
     @property
     def is_full(self) -> bool:
         """Whether the line itself is too long: come back later."""

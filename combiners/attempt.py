@@ -1,8 +1,9 @@
 """Life of one attempt in one region. Every change of its phase is in this file's table.
 
     FETCHING -> WAITING -> COLLECTING -> SEALING -> WRITING -> UPLINKING -> SEALED
-        |                       ^           |                      ^
-        |                       +-----------+  an intake died      |
+        |                       ^           |  ^       |           ^
+        |                       +-----------+  +-------+           |
+        |                    an intake died    its shards died     |
         +-> DEFERRED: another run collects over the same base -----+  the same sealed bytes go again
 
 An attempt that is withdrawn or judged is ENDED from any phase but WRITING, whose outcome is waited for.
@@ -54,6 +55,7 @@ class Step(StrEnum):
     RESUME = "resume"
     WRITE = "write"
     WRITTEN = "written"
+    LOSE = "lose"
     DEFER = "defer"
     FETCH = "fetch"
     READDRESS = "readdress"
@@ -83,6 +85,7 @@ TRANSITIONS: Mapping[tuple[Phase, Step], Phase] = {
     (_P.SEALING, _S.WRITE): _P.WRITING,
     (_P.SEALING, _S.ABSTAIN): _P.ABSTAINED,
     (_P.SEALING, _S.END): _P.ENDED,
+    (_P.WRITING, _S.LOSE): _P.SEALING,
     (_P.WRITING, _S.WRITTEN): _P.UPLINKING,
     (_P.WRITING, _S.ABSTAIN): _P.ABSTAINED,
     (_P.UPLINKING, _S.ACKNOWLEDGE): _P.SEALED,

@@ -9,7 +9,7 @@ from hierfl.plan import Plan
 from hierfl.records import UpdateHead
 from hierfl.wire.transfer import Expect, Incoming, VectorSpec
 
-__all__ = ["check_announced", "check_update", "expect_update"]
+__all__ = ["check_announced", "check_head", "check_update", "expect_update"]
 
 
 def expect_update(plan: Plan, digest: str | None = None) -> Expect:
@@ -44,7 +44,18 @@ def check_update(incoming: Incoming, plan: Plan, weight: int) -> UpdateHead:
     """Check a received update as a whole (100 MB: 30 ms, without the GIL); its layout was checked as it came.
 
     Raises:
-        ValueOutOfRange: A value or a metric out of range, or undeclared, or another weight than announced.
+        ValueOutOfRange: A value out of range; and as ``check_head``.
+    """
+    head = check_head(incoming, plan, weight)
+    encodings.check_update(plan.task.update_encoding, plan.task.groups, incoming.chunks)
+    return head
+
+
+def check_head(incoming: Incoming, plan: Plan, weight: int) -> UpdateHead:
+    """Check all of a received update but its values.
+
+    Raises:
+        ValueOutOfRange: A metric out of range, or undeclared, or another weight than announced.
         WireError: Its head is none, or made for another base model or task.
     """
     head = documents.decode(incoming.meta, UpdateHead, "update head")
@@ -53,5 +64,4 @@ def check_update(incoming: Incoming, plan: Plan, weight: int) -> UpdateHead:
     if head.base_model_hash != plan.base.model_hash or head.task_hash != plan.task.hash:
         raise WireError("the update was made for another base model or task than this round's; train on this round's")
     check_metric_sums(plan.task.metrics, head.metrics, 1)
-    encodings.check_update(plan.task.update_encoding, plan.task.groups, incoming.chunks)
     return head

@@ -21,6 +21,22 @@ if TYPE_CHECKING:
 __all__ = ["serve"]
 
 
+UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+LEAST_MEMORY = 2**29
+
+
+def _bytes(context: click.Context, parameter: click.Parameter, value: str) -> int:
+    """A size in bytes; 0 where none is given."""
+    if not value:
+        return 0
+    number, unit = value[:-3].strip(), value[-3:]
+    if unit not in UNITS or not number.isdecimal():
+        raise click.BadParameter(f"{value!r} is no size: give a whole number of {', '.join(UNITS)}, such as 8GiB")
+    if int(number) * UNITS[unit] < LEAST_MEMORY:
+        raise click.BadParameter(f"{value!r} is too little: the program itself takes 256MiB; at least 512MiB")
+    return int(number) * UNITS[unit]
+
+
 @click.command()
 @click.option("--kit", required=True, envvar="HIERFL_KIT", type=click.Path(path_type=Path), help="The combiner's kit.")
 @directory_option("the zone store is")
@@ -49,6 +65,23 @@ __all__ = ["serve"]
     help="Address that clients are told, where it is another (0.0.0.0, NAT); port 0: the same. Repeated like --listen.",
 )
 @click.option("--intakes", default=1, show_default=True, envvar="HIERFL_INTAKES", help="Servers for clients.")
+@click.option(
+    "--memory",
+    default="",
+    envvar="HIERFL_MEMORY",
+    metavar="SIZE",
+    callback=_bytes,
+    help="What each intake, and each shard, may use, such as 8GiB: it bounds the updates in flight. Default: their"
+    " share of 60 % of the machine's memory, or of the container's limit; updates in flight then take at most 512 MiB,"
+    " or four of them.",
+)
+@click.option(
+    "--shards",
+    type=click.IntRange(0, 64),
+    envvar="HIERFL_SHARDS",
+    help="Processes that share the sums of each intake, for models larger than its memory; 0: none. Default: in a"
+    " cluster that was joined, as many as a model takes that does not fit; else none.",
+)
 @click.option("--k", default=3, show_default=True, envvar="HIERFL_K", help="Fewest sites in a sum that leaves.")
 @click.option(
     "--max-share",
@@ -81,6 +114,8 @@ def serve(
     listen: tuple[str, ...],
     advertise: tuple[str, ...],
     intakes: int,
+    memory: int,
+    shards: int | None,
     k: int,
     max_share: float,
     max_following: int,
@@ -112,7 +147,7 @@ def serve(
         advertise=advertise,
         intakes=intakes,
         ray_address=ray_address,
-        intake=IntakeSettings(max_following=max_following),
+        intake=IntakeSettings(max_following=max_following, memory_bytes=memory, shards=shards),
         region=RegionSettings(policy=ZonePolicy(k=k, max_share=max_share)),
     )
     asyncio.run(_serve(settings, ready_file))

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from combiners.admission import Admitted, Line
-from combiners.checks import check_announced, check_update
+from combiners.checks import check_announced
 from combiners.folding import Folding
 from combiners.followers import Followers, Session
 from combiners.link import RegionLink
@@ -34,6 +34,7 @@ from combiners.messages import (
     serves,
 )
 from combiners.pacing import Pacer
+from combiners.placing import MakeShard, Placing
 from combiners.turns import Turns
 from hierfl import documents, observe
 from hierfl.endpoints import EndpointList
@@ -61,8 +62,6 @@ RETRY_S = 0.5
 """A claim that has to wait for a seal is made again after so long, if nothing was heard."""
 RETRY_AFTER_MS = 500
 FULL = "as many clients are connected here as this combiner takes at once; come back when it says"
-INLINE_BYTES = 65_536
-"""A smaller update is checked on the event loop: handing it to a thread would cost more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +70,13 @@ class IntakeSettings:
 
     max_uploads: int = 16
     """Uploads at once."""
-    staging_bytes: int = 512 * 2**20
-    """Of all uploads at once; a larger one goes alone."""
+    memory_bytes: int = 0
+    """What the intake may use, and each of its shards; 0: its share of this machine's, or of this container's. It
+    bounds the bytes of all uploads at once (``budget.py``); one that is larger goes alone."""
+    actors: int = 2
+    """Processes of the combiner that may share the machine."""
+    shards: int | None = None
+    """Processes that share an attempt's sums; 0: none, ``None``: as many as its model takes that does not fit here."""
     max_following: int = 4000
     """Clients that may wait at once; more are told when to come back."""
     least_turn_s: float = 20.0
@@ -90,7 +94,9 @@ class IntakeSettings:
 class Desk:
     """See the module. Implements ``IntakePort``."""
 
-    def __init__(self, name: str, region: RegionPort, settings: IntakeSettings) -> None:
+    def __init__(
+        self, name: str, region: RegionPort, settings: IntakeSettings, make_shard: MakeShard | None = None
+    ) -> None:
         self.name, self.settings = name, settings
         self._region = region
         self.link = RegionLink(
@@ -100,13 +106,23 @@ class Desk:
             on_answer=self._answered,
             traffic=lambda: (self.bytes_in, self.bytes_out),
         )
+        self._pool = ThreadPoolExecutor(thread_name_prefix="fold")
+        self._placing = Placing(
+            self._pool,
+            make_shard,
+            self.link.begin_anew,
+            memory_bytes=settings.memory_bytes,
+            actors=settings.actors,
+            shards=settings.shards,
+        )
+        staging_bytes = self._placing.staging_bytes(())
         self.line = Line(
             max_uploads=settings.max_uploads,
-            max_bytes=settings.staging_bytes,
+            max_bytes=staging_bytes,
             max_waiting=settings.max_following,
             ticket_s=settings.ticket_s,
         )
-        self.unfinished: Unfinished[UpdateKey] = Unfinished(settings.resume_s, settings.staging_bytes)
+        self.unfinished: Unfinished[UpdateKey] = Unfinished(settings.resume_s, staging_bytes)
         self.followers = Followers(self.link.connection)
         self.endpoints = pb.Endpoints()
         """The region's list, as this intake was last told; kept when the incarnation ends."""
@@ -119,7 +135,6 @@ class Desk:
         self._is_registered = asyncio.Event()
         self._claiming: dict[UpdateKey, Claim] = {}
         self._models: dict[ModelHash, asyncio.Task[Model | None]] = {}
-        self._pool = ThreadPoolExecutor(thread_name_prefix="fold")
 
     async def run(self, address: str) -> None:
         """Serve the Region, for as long as this intake lives."""
@@ -152,6 +167,8 @@ class Desk:
         for attempt in self.attempts.values():
             attempt.close()
         self.attempts.clear()
+        self._placing.void()
+        self._make_room_for_uploads()
         self.unfinished.drop(lambda _: True)
         self.line.clear()
         self.followers.end_all()
@@ -177,11 +194,18 @@ class Desk:
         if known is not None:
             known.opening = opening  # a new leader signed it anew
             return
-        attempt = Folding(opening, Plan.from_bytes(pb.Offer.FromString(opening.offer).plan))
-        self.attempts[opening.key] = attempt
+        plan = Plan.from_bytes(pb.Offer.FromString(opening.offer).plan)
+        attempt = self.attempts[opening.key] = Folding(opening, plan, self._placing.place(plan))
+        self._make_room_for_uploads()
         for session in self.followers.serving(attempt.plan):
             session.since_s = time.monotonic()
             session.send(_offer(opening))
+
+    def _make_room_for_uploads(self) -> None:
+        """As much as is left beside the attempts that are open now."""
+        num_bytes = self._placing.staging_bytes(attempt.plan for attempt in self.attempts.values())
+        self.line.resize(num_bytes)
+        self.unfinished.max_bytes = num_bytes
 
     async def list_endpoints(self, endpoints: bytes) -> None:
         self._list(endpoints)
@@ -222,6 +246,7 @@ class Desk:
         if attempt is None:
             return
         attempt.close()
+        self._make_room_for_uploads()
         self.unfinished.drop(lambda update: update.attempt == key)
         withdrawal = pb.FollowResponse(withdrawal=pb.Withdrawal(key=key_to_proto(key), reason=reason))
         for session in self.followers.serving(attempt.plan):
@@ -328,12 +353,15 @@ class Desk:
         answer = told if told.receipt is not None else await self.link.claim(claim)
         return RETRY_AFTER_MS if answer.answer is Answer.LATER else self._receipt_of(answer, claim)
 
-    def plan_of(self, key: AttemptKey) -> Plan:
-        """The plan of an open attempt. Raises ``RoundClosed`` for any other."""
+    def incoming(self, claim: Claim) -> Incoming:
+        """What receives an update of an open attempt. Raises ``RoundClosed`` for any other."""
+        return self._attempt(claim.key.attempt).sums.incoming(claim.digest)
+
+    def _attempt(self, key: AttemptKey) -> Folding:
         attempt = self.attempts.get(key)
         if attempt is None:
             raise RoundClosed(_closed(key))
-        return attempt.plan
+        return attempt
 
     async def hand_in(self, claim: Claim, incoming: Incoming) -> Receipt:
         """Check a received update, claim it, fold it; the receipt is STAGED, or what was known before.
@@ -342,16 +370,12 @@ class Desk:
             RoundClosed: Its attempt has closed meanwhile.
             WireError: It is refused; the Region waits for this client no more.
         """
-        plan = self.plan_of(claim.key.attempt)
         key = claim.key.attempt
-        loop = asyncio.get_running_loop()
+        sums = self._attempt(key).sums
         reach("intake.stage")
         try:
             with observe.span(observe.SPAN_CHECK, run=key.run, round=key.round, attempt=key.attempt):
-                if incoming.descriptor.length_bytes < INLINE_BYTES:
-                    head = check_update(incoming, plan, claim.weight)
-                else:
-                    head = await loop.run_in_executor(self._pool, check_update, incoming, plan, claim.weight)
+                head = await sums.check(incoming, claim.weight)
         except WireError as error:
             self.refused(claim.key, error)
             raise
@@ -389,7 +413,7 @@ class Desk:
         outcome = Outcome.LET_GO
         try:
             reach("intake.fold")
-            await attempt.fold(claim, incoming.chunks, metrics, self._pool)
+            await attempt.fold(claim, incoming, metrics)
             outcome = Outcome.FOLDED
             reach("intake.folded")
         finally:

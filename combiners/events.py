@@ -109,6 +109,14 @@ class PartialSealed:
 
 
 @dataclass(frozen=True)
+class SumsGone:
+    """What ``incarnation`` handed over was lost before it was sealed; nothing of the seal is durable."""
+
+    key: AttemptKey
+    incarnation: str
+
+
+@dataclass(frozen=True)
 class SealFailed:
     key: AttemptKey
     reason: Reason
@@ -159,6 +167,7 @@ Event = (
     | HandedOver
     | PartialSealed
     | SealFailed
+    | SumsGone
     | PartialAcknowledged
     | AttemptOver
     | PartialPruned

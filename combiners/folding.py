@@ -1,6 +1,6 @@
-"""One attempt at one intake: its accumulator, what is in it, and the freeze that hands it over.
+"""One attempt at one intake: its sums, what is in them, and the freeze that hands them over.
 
-Accumulator, list and incarnation live and die together. An update is in the accumulator exactly when it is
+Sums, list and incarnation live and die together. An update is in the sums exactly when it is
 in ``folded``; one whose claim was granted and that is not there yet is in ``folding``, which a freeze waits for.
 """
 
@@ -8,34 +8,28 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from concurrent.futures import Executor
 
 from combiners.messages import Claim, HandOver, Opening
+from combiners.sums import Sums
 from hierfl import observe
-from hierfl.aggregation import Accumulator
-from hierfl.encodings import Received
 from hierfl.plan import Plan
 from hierfl.types import ClientRef
+from hierfl.wire.transfer import Incoming
 
 __all__ = ["Folding"]
-
-INLINE_VALUES = 16_384
-"""A smaller update is folded on the event loop: handing it to a thread would cost more."""
 
 
 class Folding:
     """See the module."""
 
-    def __init__(self, opening: Opening, plan: Plan) -> None:
-        self.opening, self.plan = opening, plan
+    def __init__(self, opening: Opening, plan: Plan, sums: Sums) -> None:
+        self.opening, self.plan, self.sums = opening, plan, sums
         self.folding: dict[ClientRef, Claim] = {}
         self.folded: dict[ClientRef, Claim] = {}
         self.answered: set[ClientRef] = set()
         """Clients that have their receipt, or have said no: they have nothing to do here until asked again."""
         self.is_closed = False
-        self._accumulator: Accumulator | None = None
-        """Made by the first fold, in its thread: writing its memory takes as long as a fold."""
-        self._one_at_a_time = asyncio.Lock()
+        self._one_at_a_time, self._one_hand_over = asyncio.Lock(), asyncio.Lock()
         self._changed = asyncio.Event()
         self._by_client: dict[ClientRef, asyncio.Lock] = {}
         self._hand_over: HandOver | None = None
@@ -44,9 +38,6 @@ class Folding:
     def is_frozen(self) -> bool:
         """Whether what is folded has been handed over: nothing is added until the seal is resumed or over."""
         return self._hand_over is not None
-
-    def _new_accumulator(self) -> Accumulator:
-        return Accumulator(self.plan.task.groups, self.plan.task.update_encoding)
 
     def lock_of(self, client: ClientRef) -> asyncio.Lock:
         """Held while one update of ``client`` is claimed and folded: two sessions of it never race."""
@@ -71,60 +62,40 @@ class Folding:
         self.folding[claim.key.client] = claim
         return True
 
-    async def fold(
-        self,
-        claim: Claim,
-        chunks: Received,
-        metrics: Mapping[str, int],
-        pool: Executor,
-    ) -> None:
+    async def fold(self, claim: Claim, incoming: Incoming, metrics: Mapping[str, int]) -> None:
         """Fold a granted update. Whatever happens, it is in ``folding`` no more afterwards."""
         client, key = claim.key.client, claim.key.attempt
         try:
             async with self._one_at_a_time:
                 with observe.span(observe.SPAN_FOLD, run=key.run, round=key.round, attempt=key.attempt):
-                    if sum(group.num_values for group in self.plan.task.groups) < INLINE_VALUES:
-                        self._fold(chunks, claim.weight, metrics)
-                    else:
-                        loop = asyncio.get_running_loop()
-                        await loop.run_in_executor(pool, self._fold, chunks, claim.weight, metrics)
+                    await self.sums.fold(incoming, claim.weight, metrics)
             self.folded[client] = claim
         finally:
             self.folding.pop(client, None)
             self._notify()
 
-    def _fold(self, chunks: Received, weight: int, metrics: Mapping[str, int]) -> None:
-        if self._accumulator is None:
-            self._accumulator = self._new_accumulator()
-        self._accumulator.fold(chunks, weight, metrics)
-
     async def hand_over(self, incarnation: str, seal_id: str) -> HandOver:
         """Finish what is granted and hand over. The same seal gets the same answer again."""
-        while self.folding:
-            await self._changed.wait()
-        if self._hand_over is None or self._hand_over.seal_id != seal_id:
-            if self._hand_over is not None:
-                self.resume()
-            sites = {client.site for client in self.folded}
-            self._hand_over = HandOver(
-                incarnation=incarnation,
-                key=self.opening.key,
-                seal_id=seal_id,
-                entries=tuple(self.folded.values()),
-                partial=self._accumulator.partial(len(sites)) if self._accumulator and self.folded else None,
-            )
-        return self._hand_over
+        async with self._one_hand_over:
+            while self.folding:
+                await self._changed.wait()
+            if self._hand_over is None or self._hand_over.seal_id != seal_id:
+                if self._hand_over is not None:
+                    self.resume()
+                entries = tuple(self.folded.values())
+                listed = HandOver(incarnation=incarnation, key=self.opening.key, seal_id=seal_id, entries=entries)
+                self._hand_over = listed  # from here on nothing is granted
+                self._hand_over = await self.sums.hand_over(listed)
+            return self._hand_over
 
     def resume(self) -> None:
         """The seal came to nothing: go on from what was handed over."""
         if self._hand_over is not None:
-            self._accumulator = None
-            if self._hand_over.partial is not None:
-                self._accumulator = self._new_accumulator()
-                self._accumulator.add(self._hand_over.partial)
+            self.sums.resume(self._hand_over)
             self._hand_over = None
         self._notify()
 
     def close(self) -> None:
         self.is_closed = True
+        self.sums.close()
         self._notify()

@@ -36,6 +36,7 @@ from combiners.events import (
     SendPartial,
     SetTimer,
     StopSending,
+    SumsGone,
     Tell,
     Timer,
     TimerFired,
@@ -57,6 +58,7 @@ from combiners.reception import Reception
 from combiners.region import Region
 from combiners.residuals import Carried
 from combiners.sealing import make_sealed, updates_root
+from combiners.sealing_ranges import SumsLost, can_stream, seal_ranges, whole
 from combiners.session import Session
 from combiners.settings import RegionSettings
 from combiners.uplink import Uplink
@@ -360,6 +362,11 @@ class RegionHost:
                 span.set(num_updates=len(instruction.receipts))
         except StaleEpoch:
             raise
+        except SumsLost as error:
+            logger.warning("%s: goes on collecting: %s", key, error)
+            self.reception.lost(error.incarnation)
+            self.apply(SumsGone(key, error.incarnation))
+            return
         except (HierFLError, StorageError) as error:
             logger.error("%s: the partial could not be sealed: %s", key, error)
             self.apply(SealFailed(key, _reason_of(error)))
@@ -371,11 +378,14 @@ class RegionHost:
         policy, plan = self.settings.policy, instruction.plan
         reach("region.seal")
         hand_overs = await self._gathered(hand_overs)
-        loop = asyncio.get_running_loop()
-        carried = await self._carried(plan)
-        sealed, left_over = await loop.run_in_executor(
-            self._kernels, make_sealed, instruction, hand_overs, policy, self.name, self.store.region_epoch, carried
-        )
+        timeout_s, where = self.settings.freeze_s, (policy, self.name, self.store.region_epoch)
+        left_over = None
+        if can_stream(instruction, hand_overs):
+            sealed = await seal_ranges(instruction, hand_overs, *where, timeout_s=timeout_s, in_thread=self._in_thread)
+        else:
+            hand_overs = [await whole(hand_over, timeout_s) for hand_over in hand_overs]
+            carried = await self._carried(plan)
+            sealed, left_over = await self._in_thread(lambda: make_sealed(instruction, hand_overs, *where, carried))
         await self.on_disk(
             self.store.write_seal,
             sealed,
@@ -396,6 +406,9 @@ class RegionHost:
             return None
         await self.session.settled(plan.run)
         return await self.on_disk(self.store.residuals.carried, plan)
+
+    async def _in_thread(self, call: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._kernels, call)
 
     async def _gathered(self, hand_overs: list[HandOver]) -> list[HandOver]:
         """The sums, here; of many intakes only once these have added them up to a few."""

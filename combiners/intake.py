@@ -16,9 +16,10 @@ import grpc
 from cryptography import x509
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from combiners.checks import expect_update
 from combiners.desk import Desk, IntakeSettings
 from combiners.messages import App, Claim, HandOver, Opening, RegionPort, serves
+from combiners.placing import MakeShard
+from combiners.sharding import held, hold, room
 from hierfl import kernels_encodings, observe
 from hierfl.errors import ComeBack, NotFound, RoundClosed, Unreachable, WireError
 from hierfl.pki import Kit, verify
@@ -47,8 +48,15 @@ WILDCARDS = ("0.0.0.0", "[::]", "*")  # noqa: S104 - not bound here: they are no
 class IntakeHost:
     """One intake: a gRPC server and its desk. Implements ``IntakePort`` by handing on to the desk."""
 
-    def __init__(self, name: str, kit: Kit, region: RegionPort, settings: IntakeSettings | None = None) -> None:
-        self.desk = Desk(name, region, settings or IntakeSettings())
+    def __init__(
+        self,
+        name: str,
+        kit: Kit,
+        region: RegionPort,
+        settings: IntakeSettings | None = None,
+        make_shard: MakeShard | None = None,
+    ) -> None:
+        self.desk = Desk(name, region, settings or IntakeSettings(), make_shard)
         self.address = ""
         self._kit = kit
         self._region = region
@@ -185,16 +193,18 @@ class _ClientService:
         """An update that came with its request: it uses the ticket that it would have got."""
         with observe.remote_parent(context.invocation_metadata()), self._desk.line.upload(ticket) as admitted:
             claim = admitted.claim
-            incoming = Incoming(expect_update(self._desk.plan_of(claim.key.attempt), claim.digest))
-            try:
-                for frame in frames:
-                    self._desk.bytes_in += len(frame)
-                    incoming.feed(frame)
-                incoming.close()
-            except WireError as error:
-                self._desk.refused(claim.key, error)
-                raise
-            return await self._hand_in(claim, incoming)
+            incoming = self._desk.incoming(claim)
+            with held(incoming):
+                await room(incoming)
+                try:
+                    for frame in frames:
+                        self._desk.bytes_in += len(frame)
+                        incoming.feed(frame)
+                    incoming.close()
+                except WireError as error:
+                    self._desk.refused(claim.key, error)
+                    raise
+                return await self._hand_in(claim, incoming)
 
     async def Upload(self, frames: rpc.Frames, context: Any) -> pb.UploadResponse:  # noqa: N802
         silence_s = self._desk.settings.silence_s
@@ -207,40 +217,44 @@ class _ClientService:
             claim = admitted.claim
             if claim.key != UpdateKey(header.key or claim.key.attempt, _client()):
                 raise RoundClosed("the ticket was given for another update; ask to be admitted with this one")
-            incoming = await self._receive(first, frames, claim, header.ticket_bytes)
-            receipt = await self._hand_in(claim, incoming)
+            incoming = self._desk.incoming(claim)
+            with held(incoming):
+                await self._receive(first, frames, claim, incoming, header.ticket_bytes)
+                receipt = await self._hand_in(claim, incoming)
         self._desk.answered(claim.key)
         return pb.UploadResponse(receipt=receipt_to_proto(receipt))
 
     async def _hand_in(self, claim: Claim, incoming: Incoming) -> Receipt:
         """A client that hangs up now does not undo what the Region may have granted already."""
+        let_go = hold(incoming)
         task = asyncio.ensure_future(self._desk.hand_in(claim, incoming))
         self._handing_in.add(task)
         task.add_done_callback(self._handing_in.discard)
+        task.add_done_callback(lambda _: let_go())
         return await asyncio.shield(task)
 
-    async def _receive(self, first: bytes, frames: rpc.Frames, claim: Claim, ticket: bytes) -> Incoming:
+    async def _receive(self, first: bytes, frames: rpc.Frames, claim: Claim, incoming: Incoming, ticket: bytes) -> None:
         desk = self._desk
-        incoming = Incoming(expect_update(desk.plan_of(claim.key.attempt), claim.digest))
         try:
             incoming.feed(first)
             await desk.unfinished.receive(
                 claim.key,
                 frames,
                 incoming,
-                self._counted(frames),
+                self._counted(frames, incoming),
                 silence_s=desk.settings.silence_s,
-                hold=lambda: desk.line.hold(ticket),
+                hold=lambda: hold(incoming, desk.line.hold(ticket)),
             )
         except WireError as error:
             desk.refused(claim.key, error)
             raise
-        return incoming
 
-    async def _counted(self, frames: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    async def _counted(self, frames: AsyncIterator[bytes], incoming: Incoming) -> AsyncIterator[bytes]:
+        await room(incoming)
         async for frame in frames:
             self._desk.bytes_in += len(frame)
             yield frame
+            await room(incoming)
 
     async def Decline(self, request: pb.DeclineRequest, context: Any) -> pb.DeclineResponse:  # noqa: N802
         if request.code not in DECLINE_CODES:

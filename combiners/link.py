@@ -65,6 +65,7 @@ class RegionLink:
         self._idle = asyncio.Event()
         self._idle.set()
         self.incarnation = ""
+        self._is_over = False
 
     def connection(self, connection: Connection) -> None:
         self._connections.append(connection)
@@ -82,6 +83,11 @@ class RegionLink:
         """What the Region knows of an update. Raises as ``claim`` does."""
         return await self._queue(self._asks, key)
 
+    def begin_anew(self) -> None:
+        """What this incarnation held is lost: end it, and register under another, which voids it at the Region."""
+        self._is_over = True
+        self._wake.set()
+
     async def settled(self) -> None:
         """Wait until the answers to the call in flight, if any, have come."""
         await self._idle.wait()
@@ -96,13 +102,15 @@ class RegionLink:
         """Register and tick, for as long as this intake lives; anew whenever the Region says so."""
         while True:
             registration = await self._register(name, address, port)
-            self.incarnation = registration.incarnation
+            self.incarnation, self._is_over = registration.incarnation, False
             self._on_registered(registration)
             try:
                 await self._tick_until_void()
             finally:
                 self._drop()
                 self._on_void()
+            if self._is_over:
+                await asyncio.sleep(RETRY_S)  # what was lost may be lost again at once
 
     async def _register(self, name: str, address: str, port: IntakePort) -> Registration:
         said = False
@@ -124,6 +132,8 @@ class RegionLink:
                 pass
             else:
                 await asyncio.sleep(COALESCE_S)
+            if self._is_over:
+                return
             self._wake.clear()
             self._idle.clear()
             try:

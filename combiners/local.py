@@ -7,18 +7,77 @@ directly.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
+
+import numpy as np
 
 from combiners.desk import IntakeSettings
 from combiners.host import RegionHost
 from combiners.intake import IntakeHost
 from combiners.settings import RegionSettings
+from combiners.shard import Shard, Share
+from hierfl.errors import HierFLError, Unreachable
 from hierfl.pki import Kit
+from hierfl.types import AttemptKey, Int64Array
 
-__all__ = ["LocalCombiner"]
+__all__ = ["LocalCombiner", "LocalShard"]
+
+T = TypeVar("T")
 
 DRAIN_S = 5.0
+
+
+class LocalShard:
+    """``ShardPort`` of a shard in this process."""
+
+    def __init__(self) -> None:
+        self.shard = Shard()
+        self._ended: Future[None] = Future()
+
+    def open(self, key: AttemptKey, share: Share) -> Future[None]:
+        return self._call(lambda: self.shard.open(key, share))
+
+    def put(self, key: AttemptKey, upload: int, vector: str, offset: int, values: np.ndarray) -> Future[None]:
+        return self._call(lambda: self.shard.put(key, upload, vector, offset, values))
+
+    def check(self, key: AttemptKey, upload: int, sizes: Mapping[str, int]) -> Future[None]:
+        return self._call(lambda: self.shard.check(key, upload, sizes))
+
+    def commit(self, key: AttemptKey, upload: int, weight: int) -> Future[None]:
+        return self._call(lambda: self.shard.commit(key, upload, weight))
+
+    def drop(self, key: AttemptKey, upload: int) -> Future[None]:
+        return self._call(lambda: self.shard.drop(key, upload))
+
+    def freeze(self, key: AttemptKey, seal_id: str) -> Future[tuple[int, int]]:
+        return self._call(lambda: self.shard.freeze(key, seal_id))
+
+    def block(self, key: AttemptKey, seal_id: str, group: str, start: int, stop: int) -> Future[Int64Array]:
+        return self._call(lambda: self.shard.block(key, seal_id, group, start, stop))
+
+    def close(self, key: AttemptKey) -> Future[None]:
+        return self._call(lambda: self.shard.close(key))
+
+    def ended(self) -> Future[None]:
+        return self._ended
+
+    def end(self) -> None:
+        if not self._ended.done():
+            self._ended.set_exception(Unreachable("the shard has ended"))
+
+    def _call(self, call: Callable[[], T]) -> Future[T]:
+        answer: Future[T] = Future()
+        try:
+            if self._ended.done():
+                raise Unreachable("the shard has ended")
+            answer.set_result(call())
+        except HierFLError as error:
+            answer.set_exception(error)
+        return answer
 
 
 class LocalCombiner:
@@ -43,6 +102,8 @@ class LocalCombiner:
         self._region_settings = region or RegionSettings()
         self._intake_settings = intake or IntakeSettings()
         self.intakes: list[IntakeHost] = []
+        self.shards: list[LocalShard] = []
+        """All that were ever made."""
         self._is_dead = False
 
     @property
@@ -92,9 +153,13 @@ class LocalCombiner:
         await self.intakes[number].stop(grace_s=0)
 
     async def _make_intake(self, name: str, listen: str) -> IntakeHost:
-        intake = IntakeHost(name, self._kit, self.region, self._intake_settings)
+        intake = IntakeHost(name, self._kit, self.region, self._intake_settings, self._make_shard)
         await intake.start(listen)
         return intake
+
+    def _make_shard(self) -> LocalShard:
+        self.shards.append(LocalShard())
+        return self.shards[-1]
 
     async def _end(self) -> None:
         await asyncio.gather(*(intake.stop(grace_s=0) for intake in self.intakes))

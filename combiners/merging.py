@@ -56,20 +56,22 @@ def added(hand_overs: Sequence[HandOver]) -> HandOver:
 
 
 async def merge_in_pairs(hand_overs: Sequence[HandOver], add: Add, most: int = MOST_AT_REGION) -> list[HandOver]:
-    """At most ``most`` hand-overs with the same claims and the same sum; more where nobody adds any more.
+    """At most ``most`` hand-overs with the same claims and the same sum; more where nobody adds any more, and where
+    shards have the sums.
 
     Args:
         add: Has somebody add two; its number tells the pairs of one turn apart.
     """
-    left = [hand_over for hand_over in hand_overs if hand_over.entries]
+    kept = [hand_over for hand_over in hand_overs if hand_over.ranged is not None]  # read where they are
+    left = [hand_over for hand_over in hand_overs if hand_over.entries and hand_over.ranged is None]
     while len(left) > most:
         pairs = [left[n : n + 2] for n in range(0, 2 * (len(left) // 2), 2)]
         merged = await asyncio.gather(*(_add_or_keep(add, number, pair) for number, pair in enumerate(pairs)))
         after = [one for group in merged for one in group] + left[2 * len(pairs) :]
         if len(after) == len(left):
-            return after
+            return after + kept
         left = after
-    return left
+    return left + kept
 
 
 async def _add_or_keep(add: Add, number: int, pair: Sequence[HandOver]) -> Sequence[HandOver]:

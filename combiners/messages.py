@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
-from hierfl.aggregation import PartialAggregate
+from hierfl.aggregation import ColumnGroup, PartialAggregate
 from hierfl.plan import Plan
 from hierfl.receipts import Reason, Receipt
-from hierfl.types import AttemptKey, ClientRef, ModelHash, UpdateKey
+from hierfl.types import AttemptKey, ClientRef, Int64Array, ModelHash, UpdateKey
 from hierfl.wire.transfer import Frame
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "Model",
     "Opening",
     "Outcome",
+    "Ranged",
     "RegionPort",
     "Registration",
     "Report",
@@ -158,10 +159,31 @@ class Stored(Protocol):
         ...
 
 
+class Ranged(Protocol):
+    """Sums that stay where they were made, at several shards, and are read block by block while they are sealed."""
+
+    @property
+    def groups(self) -> tuple[ColumnGroup, ...]: ...
+    @property
+    def weight(self) -> int: ...
+    @property
+    def num_updates(self) -> int: ...
+    @property
+    def metrics(self) -> Mapping[str, int]: ...
+
+    async def block(self, group: str, start: int, stop: int) -> Int64Array:
+        """Sums of a group's values from ``start`` to ``stop``, shape ``(n,)``, or ``(2, n)`` of a wide one.
+
+        Raises:
+            StorageError: They are gone, or another seal's by now.
+        """
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class HandOver:
     """What one incarnation folded in one attempt, or several of them. ``partial`` is absent where it folded nothing,
-    and where it has stayed in the object store: then ``stored`` gives it.
+    where it has stayed in the object store: then ``stored`` gives it, and where shards have it: then ``ranged`` does.
     """
 
     incarnation: str
@@ -170,6 +192,7 @@ class HandOver:
     entries: tuple[Claim, ...] = ()
     partial: PartialAggregate | None = None
     stored: Stored | None = None
+    ranged: Ranged | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -99,10 +99,10 @@ class Reception:
     async def register(self, name: str, address: str, port: IntakePort) -> Registration:
         """A new incarnation of intake ``name``; the one before, if any, is void."""
         for line in [line for line in self.lines.values() if line.name == name]:
-            self._lost(line.incarnation)
+            self.lost(line.incarnation)
         incarnation = f"{self._shell.region.region_epoch}.{next(self._numbers)}"
         self.lines[incarnation] = IntakeLine(
-            name, incarnation, address, port, timeout_s=self._shell.settings.freeze_s, on_lost=self._lost
+            name, incarnation, address, port, timeout_s=self._shell.settings.freeze_s, on_lost=self.lost
         )
         self._directory.changed()
         self._shell.apply(IntakeJoined(incarnation))
@@ -117,7 +117,8 @@ class Reception:
             lambda signed: self.at_intakes(lambda port: port.list_endpoints(signed)),
         )
 
-    def _lost(self, incarnation: str) -> None:
+    def lost(self, incarnation: str) -> None:
+        """An incarnation is void: nothing that it holds is used."""
         if incarnation in self.lines:
             logger.warning("intake %s is void; its clients are asked again", self.lines[incarnation].name)
             self.drop(incarnation)
@@ -140,7 +141,7 @@ class Reception:
             now_s = time.monotonic()
             for line in list(self.lines.values()):
                 if now_s - line.heard_at_s > silence_s:
-                    self._lost(line.incarnation)
+                    self.lost(line.incarnation)
 
     async def tick(self, incarnation: str, tick: Tick) -> TickReply:
         """Everything that waits at an intake, in one call."""

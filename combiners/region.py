@@ -44,6 +44,7 @@ from combiners.events import (
     SendPartial,
     SetTimer,
     StopSending,
+    SumsGone,
     Tell,
     Timer,
     TimerFired,
@@ -172,6 +173,8 @@ class Region:
                 self._hand_over(event)
             case PartialSealed():
                 self._sealed(event.key, event.digest)
+            case SumsGone():
+                self._lose_sums(event.key, event.incarnation)
             case SealFailed():
                 self._abstain(event.key, event.reason, only=(Phase.WRITING, Phase.UPLINKING))
             case PartialAcknowledged():
@@ -297,6 +300,16 @@ class Region:
         self._out.append(CloseAtIntakes(key, Reason.LATE))
         self._out.append(SendPartial(key, digest))
         self._release_deferred(attempt)
+
+    def _lose_sums(self, key: AttemptKey, incarnation: str) -> None:
+        """Of an attempt that is being sealed: as if the intake had died before it handed over."""
+        attempt = self.attempts.get(key)
+        if attempt is None or attempt.phase is not Phase.WRITING:
+            return
+        attempt.step(Step.LOSE)
+        attempt.handed_over.pop(incarnation, None)
+        self._let_go(attempt, incarnation)
+        self._touched.add(key)
 
     def _release_deferred(self, ended: Attempt) -> None:
         """Attempts of other runs that waited for this one: send the same sum, or collect it themselves."""

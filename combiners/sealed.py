@@ -10,13 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hierfl import documents
+from hierfl.aggregation import PartialAggregate
 from hierfl.errors import StoreDamaged, WireError
 from hierfl.failpoints import reach
 from hierfl.records import PartialHead
 from hierfl.residency import Release
 from hierfl.steadyfile import SteadyFile
 from hierfl.wire.framefile import read_frames, write_frames
-from hierfl.wire.packed import expect_partial, outgoing_partial
+from hierfl.wire.packed import expect_partial, outgoing_blocks, outgoing_partial
+from hierfl.wire.piecewise import PackedPartial
 from hierfl.wire.transfer import Outgoing
 
 __all__ = ["Sealed", "read_sealed", "seal", "write_sealed", "write_transfer"]
@@ -39,7 +41,12 @@ def seal(release: Release, layout_hash: str) -> Sealed:
     if not isinstance(release, Release):
         raise TypeError("only a Release is sealed")
     meta = documents.encode(release.head)
-    outgoing = outgoing_partial(layout_hash, release.partial.groups, release.partial.sums, meta)
+    partial = release.partial
+    if isinstance(partial, PackedPartial):
+        outgoing = outgoing_blocks(layout_hash, partial.packed.blocks, partial.take_words, meta)
+    else:
+        assert isinstance(partial, PartialAggregate), "the other form of a sum"
+        outgoing = outgoing_partial(layout_hash, partial.groups, partial.sums, meta)
     outgoing.encode()
     return Sealed(release.head, outgoing)
 

@@ -17,7 +17,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ REGION = "region"
 DRAIN_S = 10.0
 PORT_TRIES = 5
 MEMORY_SHARE = 0.3
+NO_SPILLING = '{"automatic_object_spilling_enabled": false}'
 LEAST_MEMORY, MOST_MEMORY = 100 * 2**20, 2**32
 """Of Ray's object store, in bytes: it has two or three models, and hand-overs, and is touched only as far as used."""
 
@@ -96,6 +97,15 @@ class CombinerSettings:
             return Address.parse(address)[1]
         except ValueError as error:
             raise ConfigError("address", address, str(error)) from None
+
+    @property
+    def intake_settings(self) -> IntakeSettings:
+        """As the intakes get them. Shards are chosen by themselves in a cluster that may have other machines only: on
+        one machine they have no more memory than the intake."""
+        shards = self.intake.shards
+        if shards is None and not self.ray_address:
+            shards = 0
+        return replace(self.intake, shards=shards, actors=1 + self.intakes * (1 + (shards or 0)))
 
     def listen_of(self, number: int) -> str:
         """Where intake ``number`` listens."""
@@ -301,6 +311,7 @@ async def _start(settings: CombinerSettings, controllers: tuple[str, ...]) -> Co
 
     here = NodeAffinitySchedulingStrategy(node_id=ray.get_runtime_context().get_node_id(), soft=False)
     directory, kit = settings.directory.resolve(), settings.kit.resolve()
+    settings = _with_safe_shards(settings)
     try:
         region = remote_region(name=REGION, scheduling_strategy=here).remote(
             kit, directory, controllers, settings.region
@@ -321,6 +332,27 @@ async def _start(settings: CombinerSettings, controllers: tuple[str, ...]) -> Co
     return Combiner(region, [handle for handle, _ in started], tuple(address for _, address in started))
 
 
+def _with_safe_shards(settings: CombinerSettings) -> CombinerSettings:
+    """Updates pass through Ray's object store on their way to shards: it must not write what it holds to a disk.
+
+    Raises:
+        ConfigError: Shards are asked for in a cluster that does.
+    """
+    from ray._private.state import state
+
+    if not settings.ray_address or settings.intake.shards == 0:
+        return settings
+    if not state.get_system_config().get("automatic_object_spilling_enabled", True):
+        return settings
+    if settings.intake.shards is not None:
+        rule = "needs a cluster that spills no objects to a disk: start its head with --system-config " + repr(
+            NO_SPILLING
+        )
+        raise ConfigError("--shards", settings.intake.shards, rule)
+    logger.warning("no shards, however large a model is: the cluster that was joined spills objects to a disk")
+    return replace(settings, intake=replace(settings.intake, shards=0))
+
+
 async def _start_intake(
     remote_intake: Any, settings: CombinerSettings, number: int, kit: Path, directory: Path
 ) -> tuple[Any, str]:
@@ -329,7 +361,7 @@ async def _start_intake(
     for attempt in range(PORT_TRIES):
         chosen = f"{host}:{port or _free_port(host)}"
         handle = remote_intake().remote(
-            f"intake-{number}", kit, directory, chosen, settings.advertise_of(number), REGION, settings.intake
+            f"intake-{number}", kit, directory, chosen, settings.advertise_of(number), REGION, settings.intake_settings
         )
         try:
             await _made(handle)

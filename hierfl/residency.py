@@ -7,11 +7,11 @@ else, and nothing else can make one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import SupportsIndex
+from typing import Protocol, SupportsIndex
 
-from hierfl.aggregation import PartialAggregate
+from hierfl.aggregation import ColumnGroup
 from hierfl.errors import ConfigError, ResidencyError
 from hierfl.metrics import check_metric_sums
 from hierfl.plan import Plan
@@ -92,12 +92,31 @@ def _shared_metrics(k: int, contributions: Sequence[Contribution]) -> set[str]:
     return {name for name, of in sites.items() if len(of) >= k}
 
 
+class Summed(Protocol):
+    """A sum in whatever form: ``PartialAggregate``, or ``PackedPartial`` (``hierfl/wire/piecewise.py``)."""
+
+    @property
+    def groups(self) -> tuple[ColumnGroup, ...]: ...
+    @property
+    def weight(self) -> int: ...
+    @property
+    def num_sites(self) -> int: ...
+    @property
+    def num_updates(self) -> int: ...
+    @property
+    def metrics(self) -> Mapping[str, int]: ...
+
+    def check_bounds(self, max_weight: int) -> None:
+        """Raise ``ValueOutOfRange`` for sums that no updates within the caps can have."""
+        ...
+
+
 class Release:
     """A partial that may cross the border, and its head. Made by ``release`` only."""
 
     __slots__ = ("head", "partial")
 
-    def __init__(self, maker: object, head: PartialHead, partial: PartialAggregate) -> None:
+    def __init__(self, maker: object, head: PartialHead, partial: Summed) -> None:
         if maker is not _MAKER:
             raise ResidencyError("a release is made by hierfl.residency.release only")
         self.head = head
@@ -108,7 +127,7 @@ class Release:
 
 
 def release(
-    partial: PartialAggregate,
+    partial: Summed,
     *,
     policy: ZonePolicy,
     plan: Plan,
@@ -170,7 +189,7 @@ _WORDS = {
 }
 
 
-def _require_same(partial: PartialAggregate, plan: Plan, contributions: Sequence[Contribution]) -> None:
+def _require_same(partial: Summed, plan: Plan, contributions: Sequence[Contribution]) -> None:
     weights = _weights(contributions)
     same = (
         partial.groups == plan.task.groups

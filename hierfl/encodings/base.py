@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -21,7 +22,21 @@ from hierfl.columns import ColumnGroup
 from hierfl.errors import ValueOutOfRange
 from hierfl.types import Float32Array, Int64Array
 
-__all__ = ["Encoding", "Received", "WireDtype", "WireVector", "bad_value", "fold_whole", "generator", "joined"]
+__all__ = [
+    "Encoding",
+    "EvenSplitter",
+    "Pieces",
+    "Received",
+    "Splitter",
+    "WireDtype",
+    "WireVector",
+    "bad_value",
+    "cut",
+    "fold_whole",
+    "generator",
+    "joined",
+    "placed",
+]
 
 WireDtype = Literal["float32", "int8", "uint8", "uint16", "uint32", "uint64"]
 Received = Mapping[str, Sequence[np.ndarray]]
@@ -41,7 +56,8 @@ class WireVector(NamedTuple):
 
 
 class Encoding(Protocol):
-    """A frozen, keyword-only dataclass of its options, which checks them in ``__post_init__``.
+    """A frozen, keyword-only dataclass of its options, which checks them in ``__post_init__``. With the two methods of
+    ``ranges.Divisible`` its updates can be shared among shards, too.
 
     ``check`` is asked about a stranger's bytes of the right lengths and dtypes, ``decode`` only about what
     has passed it.
@@ -80,6 +96,41 @@ class Encoding(Protocol):
             multiplier: May be negative: to take away what was added.
         """
         ...
+
+
+Pieces = Iterator[tuple[int, np.ndarray]]
+"""(number of a range, what it gets of a chunk)."""
+
+
+class Splitter(Protocol):
+    """Cuts the wire vectors of one group of one update into those of ranges of its values, chunk by chunk."""
+
+    def split(self, vector: str, offset: int, values: np.ndarray) -> Pieces:
+        """What each range gets of a chunk whose first entry is ``offset``: never nothing. Vectors come in their order.
+
+        Raises:
+            ValueOutOfRange: The chunk names values that are out of place.
+        """
+        ...
+
+
+class EvenSplitter:
+    """For wire vectors whose entries stand for the same number of values each, one after the other."""
+
+    def __init__(self, values_per_entry: Mapping[str, int], starts: Sequence[int]) -> None:
+        """``starts`` of the ranges, and the end of the last: all but that multiples of ``values_per_entry``."""
+        self._cuts = {name: [-(-start // per) for start in starts] for name, per in values_per_entry.items()}
+
+    def split(self, vector: str, offset: int, values: np.ndarray) -> Pieces:
+        return cut(self._cuts[vector], offset, values)
+
+
+def cut(cuts: Sequence[int], offset: int, values: np.ndarray) -> Pieces:
+    """The pieces of a chunk at ``offset``, where range ``n`` gets the entries ``cuts[n]`` to ``cuts[n + 1]``."""
+    for number, (start, stop) in enumerate(pairwise(cuts)):
+        piece = values[max(start - offset, 0) : max(stop - offset, 0)]
+        if piece.size:
+            yield number, piece
 
 
 def generator(seed: int, group: ColumnGroup) -> np.random.Generator:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +11,16 @@ import numpy.typing as npt
 
 from hierfl import kernels_encodings
 from hierfl.columns import ColumnGroup
-from hierfl.encodings.base import Received, WireVector, bad_value, fold_whole, joined, placed
+from hierfl.encodings.base import (
+    EvenSplitter,
+    Received,
+    Splitter,
+    WireVector,
+    bad_value,
+    fold_whole,
+    joined,
+    placed,
+)
 from hierfl.types import Float32Array, Int64Array
 
 __all__ = ["BFloat16"]
@@ -32,6 +42,12 @@ class BFloat16:
 
     def wire_vectors(self, group: ColumnGroup) -> tuple[WireVector, ...]:
         return (WireVector(group.name, "uint16", group.num_values),)
+
+    def values_in_one_piece(self) -> int:
+        return 1
+
+    def splitter(self, group: ColumnGroup, starts: Sequence[int]) -> Splitter:
+        return EvenSplitter({group.name: 1}, starts)
 
     def encode(self, group: ColumnGroup, values: Float32Array, seed: int) -> dict[str, np.ndarray]:
         del seed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,7 +10,17 @@ import numpy as np
 
 from hierfl import kernels_encodings
 from hierfl.columns import ColumnGroup
-from hierfl.encodings.base import Received, WireVector, bad_value, fold_whole, generator, joined, placed
+from hierfl.encodings.base import (
+    EvenSplitter,
+    Received,
+    Splitter,
+    WireVector,
+    bad_value,
+    fold_whole,
+    generator,
+    joined,
+    placed,
+)
 from hierfl.errors import ConfigError
 from hierfl.types import Float32Array, Int64Array
 
@@ -57,6 +68,12 @@ class Int8:
             WireVector(_scale(group), "float32", num_blocks),
             WireVector(group.name, "int8", group.num_values),
         )
+
+    def values_in_one_piece(self) -> int:
+        return self.block
+
+    def splitter(self, group: ColumnGroup, starts: Sequence[int]) -> Splitter:
+        return EvenSplitter({_scale(group): self.block, group.name: 1}, starts)
 
     def encode(self, group: ColumnGroup, values: Float32Array, seed: int) -> dict[str, np.ndarray]:
         draws = generator(seed, group) if self.rounding == "stochastic" else None

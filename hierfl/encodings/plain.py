@@ -11,7 +11,7 @@ import numpy as np
 
 from hierfl import kernels
 from hierfl.columns import ColumnGroup, GroupKind, check_values
-from hierfl.encodings.base import Received, WireVector, fold_whole, joined, placed
+from hierfl.encodings.base import EvenSplitter, Received, Splitter, WireVector, fold_whole, joined, placed
 from hierfl.errors import ValueOutOfRange
 from hierfl.types import Float32Array, Int64Array
 
@@ -26,6 +26,12 @@ class Float32:
 
     def wire_vectors(self, group: ColumnGroup) -> tuple[WireVector, ...]:
         return (WireVector(group.name, "float32", group.num_values),)
+
+    def values_in_one_piece(self) -> int:
+        return 1
+
+    def splitter(self, group: ColumnGroup, starts: Sequence[int]) -> Splitter:
+        return EvenSplitter({group.name: 1}, starts)
 
     def encode(self, group: ColumnGroup, values: Float32Array, seed: int) -> dict[str, np.ndarray]:
         del seed

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from hierfl import kernels_encodings
 from hierfl.columns import ColumnGroup, check_values
-from hierfl.encodings.base import Received, WireVector, bad_value, generator, placed
+from hierfl.encodings.base import Pieces, Received, Splitter, WireVector, bad_value, cut, generator, placed
 from hierfl.errors import ConfigError, ValueOutOfRange
 from hierfl.types import Float32Array, Int64Array
 
@@ -63,14 +63,16 @@ class _Sparse(Protocol):
         sent = np.clip(values[chosen], -group.limit, group.limit)  # what is beyond the limit waits, too
         return {_index(group): chosen.astype(np.uint32), group.name: sent}
 
+    def values_in_one_piece(self) -> int:
+        return 1
+
+    def splitter(self, group: ColumnGroup, starts: Sequence[int]) -> Splitter:
+        return _SparseSplitter(group, starts)
+
     def check(self, group: ColumnGroup, received: Received) -> None:
         least = 0
         for offset, indices in placed(received[_index(group)]):
-            bad = _first_out_of_order(indices, least, group.num_values)
-            if bad >= 0:
-                rule = f"must be above the one before it, and below {group.num_values}"
-                raise bad_value(_index(group), offset + bad, indices[bad], rule)
-            least = int(indices[-1]) + 1 if indices.size else least
+            least = _check_order(group, offset, indices, least)
         for offset, values in placed(received[group.name]):
             check_values(group, values, offset)
 
@@ -126,6 +128,26 @@ class RandomK(_Sparse):
         return np.sort(drawn)
 
 
+class _SparseSplitter:
+    """Entries go by their indices, which all come before the values; each range counts its own from its start."""
+
+    def __init__(self, group: ColumnGroup, starts: Sequence[int]) -> None:
+        self._group, self._starts = group, starts
+        self._least = 0
+        self._cuts = [0] * len(starts)
+        """Indices below each start, so far."""
+
+    def split(self, vector: str, offset: int, values: np.ndarray) -> Pieces:
+        if vector == self._group.name:
+            yield from cut(self._cuts, offset, values)
+            return
+        self._least = _check_order(self._group, offset, values, self._least)
+        here = np.searchsorted(values, np.asarray(self._starts, np.int64)).tolist()
+        self._cuts = [before + count for before, count in zip(self._cuts, here, strict=True)]
+        for number, piece in cut(here, 0, values):
+            yield number, piece - np.uint32(self._starts[number])
+
+
 def _index(group: ColumnGroup) -> str:
     return f"{group.name}.index"
 
@@ -137,6 +159,15 @@ def _entries(group: ColumnGroup, received: Received) -> Iterator[tuple[np.ndarra
         yield from zip(indices, values, strict=True)
     else:
         yield np.concatenate(indices), np.concatenate(values)
+
+
+def _check_order(group: ColumnGroup, offset: int, indices: np.ndarray, least: int) -> int:
+    """Raise ``ValueOutOfRange`` unless the next indices increase from ``least`` on; what the ones after begin from."""
+    bad = _first_out_of_order(indices, least, group.num_values)
+    if bad >= 0:
+        rule = f"must be above the one before it, and below {group.num_values}"
+        raise bad_value(_index(group), offset + bad, indices[bad], rule)
+    return int(indices[-1]) + 1 if indices.size else least
 
 
 def _first_out_of_order(indices: np.ndarray, least: int, num_values: int) -> int:

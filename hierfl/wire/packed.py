@@ -13,7 +13,7 @@ stays in its store: nothing that expects a partial takes it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
@@ -36,6 +36,7 @@ __all__ = [
     "expect_partial",
     "expect_residual",
     "most_vectors",
+    "outgoing_blocks",
     "outgoing_packed",
     "outgoing_partial",
     "outgoing_residual",
@@ -87,16 +88,35 @@ def outgoing_packed(
 ) -> Outgoing:
     """As ``outgoing_partial``, for whatever is packed like sums."""
     blocks = packing.measure(groups, sums)
+    full = arrow.values_per_chunk("uint64")
+    return _outgoing(kind, layout_hash, blocks, lambda: packing.pack(blocks, sums, full), meta, encoding)
+
+
+def outgoing_blocks(
+    layout_hash: str, blocks: Blocks, words: Callable[[], Iterator[np.ndarray]], meta: bytes
+) -> Outgoing:
+    """As ``outgoing_partial`` of sums that are packed: ``words`` in full chunks but for the last, asked for once."""
+    return _outgoing("partial", layout_hash, blocks, words, meta, PACKED)
+
+
+def _outgoing(
+    kind: Kind,
+    layout_hash: str,
+    blocks: Blocks,
+    words: Callable[[], Iterator[np.ndarray]],
+    meta: bytes,
+    encoding: str,
+) -> Outgoing:
     vectors = _vectors(blocks.widths.size, blocks.num_words)
-    return Outgoing.made(kind, layout_hash, vectors, lambda: _chunks(blocks, sums), meta, encoding)
+    return Outgoing.made(kind, layout_hash, vectors, lambda: _chunks(blocks, words()), meta, encoding)
 
 
-def _chunks(blocks: Blocks, sums: Mapping[str, Int64Array]) -> Iterator[np.ndarray]:
+def _chunks(blocks: Blocks, words: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
     for table in (blocks.widths, blocks.references):
         full = arrow.values_per_chunk(table.dtype.name)
         for start in range(0, table.size, full):
             yield table[start : start + full]
-    yield from packing.pack(blocks, sums, arrow.values_per_chunk("uint64"))
+    yield from words
 
 
 # ---------------------------------------------------------------- receiving

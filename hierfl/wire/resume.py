@@ -39,8 +39,7 @@ class _Transfer:
 
     @property
     def num_bytes(self) -> int:
-        chunks = (chunk for vector in self.incoming.chunks.values() for chunk in vector)
-        return len(self.incoming.header.descriptor) + sum(chunk.nbytes for chunk in chunks)
+        return len(self.incoming.header.descriptor) + self.incoming.num_bytes
 
     def stop(self) -> None:
         """A newer stream takes its place."""
@@ -65,7 +64,7 @@ class Unfinished(Generic[K]):
             keep_s: How long a cut upload is kept.
             max_bytes: Of all that are kept: the oldest go first; one that is larger than that is kept alone.
         """
-        self._keep_s, self._max_bytes = keep_s, max_bytes
+        self._keep_s, self.max_bytes = keep_s, max_bytes
         self._transfers: dict[tuple[K, str], _Transfer] = {}
         self._is_closed = False
 
@@ -152,7 +151,7 @@ class Unfinished(Generic[K]):
         kept = self._kept()
         num_bytes = sum(transfer.num_bytes for _, transfer in kept)
         for key, transfer in kept[:-1]:
-            if num_bytes <= self._max_bytes:
+            if num_bytes <= self.max_bytes:
                 return
             num_bytes -= transfer.num_bytes
             self._forget(key, transfer)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import TypeAlias, cast
+from typing import Protocol, TypeAlias, cast
 
 import numpy as np
 
@@ -52,6 +52,7 @@ __all__ = [
     "Incoming",
     "Kind",
     "Outgoing",
+    "Sink",
     "VectorSpec",
     "is_small",
     "read_header",
@@ -220,17 +221,31 @@ class Outgoing:
             self._copy, self._make_chunks = tuple(frames), _no_chunks
 
 
+class Sink(Protocol):
+    """Takes a transfer's chunks in the place of its ``Incoming``, which then keeps their digests only."""
+
+    def take(self, vector: str, values: np.ndarray) -> None:
+        """The next chunk, checked: a view on its frame. Raises ``WireError`` for values that do not fit."""
+        ...
+
+    def go_on_from(self, earlier: Sink) -> bool:
+        """Take over what ``earlier`` took of the same transfer; whether that could be had. It takes nothing after."""
+        ...
+
+
 class Incoming:
     """A transfer being received. One frame at a time, from one thread at a time; an error ends it."""
 
-    def __init__(self, expect: Expect, *, keeps_frames: bool = True) -> None:
+    def __init__(self, expect: Expect, *, keeps_frames: bool = True, sink: Sink | None = None) -> None:
         """
         Args:
             expect: What is taken.
             keeps_frames: Whether chunks are views on the frames, which stay. Else they are copied to their place in
                 the whole vectors as they come, and each frame is let go.
+            sink: Takes the chunks, none of which is kept here then.
         """
         self._expect = expect
+        self.sink = sink
         self._keeps_frames = keeps_frames
         self._whole: dict[str, np.ndarray] = {}
         self._head = b""
@@ -242,6 +257,8 @@ class Incoming:
         self._digests: list[bytes] = []
         self.num_taken = 0
         """Chunks that are here, each checked."""
+        self.num_bytes = 0
+        """Of their values."""
         self.frames: list[bytes] = []
         """The chunk frames as they came, where they are kept."""
         self.chunks: dict[str, list[np.ndarray]] = {}
@@ -276,14 +293,16 @@ class Incoming:
             return 0
         if (earlier._expect, earlier._keeps_frames) != (self._expect, self._keeps_frames) or self.num_taken:
             return 0
+        if self.sink is not None and (earlier.sink is None or not self.sink.go_on_from(earlier.sink)):
+            return 0
         values = {name: iter(chunks) for name, chunks in earlier.chunks.items()}
         for chunk_digest in earlier._digests[: earlier.num_taken]:
             assert self._next is not None, "as many chunks as the descriptor says, at most"
             name = self._next[0].name
             self._digests.append(chunk_digest)
-            self.chunks[name].append(next(values[name]))
-            self.num_taken += 1
-            self._next = next(self._lengths, None)
+            if self.sink is None:
+                self.chunks[name].append(next(values[name]))
+            self._count_chunk(*self._next)
         self.frames, self._whole = earlier.frames[: self.num_taken], earlier._whole
         return self.num_taken
 
@@ -346,7 +365,7 @@ class Incoming:
         check_expected(descriptor, self._expect)
         self._header, self._descriptor = header, descriptor
         self.chunks = {spec.name: [] for spec in descriptor.vectors}
-        if not self._keeps_frames:
+        if not self._keeps_frames and self.sink is None:
             self._whole = {
                 spec.name: buffers.empty(spec.num_values, arrow.DTYPES[spec.dtype]) for spec in descriptor.vectors
             }
@@ -358,12 +377,19 @@ class Incoming:
             raise TransferIncomplete(f"transfer: ended after {self.num_taken} of {self._num_chunks} chunks")
         values = arrow.decode_chunk(frame, spec.dtype, length)
         self._digests.append(_digest_of(self.descriptor.digest_alg, values))
-        if self._keeps_frames:
-            self.frames.append(frame)
+        if self.sink is not None:
+            self.sink.take(spec.name, values)
         else:
-            values = self._placed(spec, values)
-        self.chunks[spec.name].append(values)
+            if self._keeps_frames:
+                self.frames.append(frame)
+            else:
+                values = self._placed(spec, values)
+            self.chunks[spec.name].append(values)
+        self._count_chunk(spec, length)
+
+    def _count_chunk(self, spec: VectorSpec, length: int) -> None:
         self.num_taken += 1
+        self.num_bytes += length * arrow.DTYPES[spec.dtype].itemsize
         self._next = next(self._lengths, None)
 
     def _placed(self, spec: VectorSpec, values: np.ndarray) -> np.ndarray:

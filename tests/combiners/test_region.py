@@ -35,6 +35,7 @@ from combiners.events import (
     SendPartial,
     SetTimer,
     StopSending,
+    SumsGone,
     Tell,
     Timer,
     TimerFired,
@@ -324,6 +325,46 @@ def test_past_the_deadline_it_seals_without_the_incarnation_that_died(harness, p
     harness.do(HandedOver(incarnation="a", key=plan.key, seal_id="4-1", entries=entries))
     _, seal = harness.do(IntakeVoid("b"))
     assert [receipt.key.client for receipt in seal.receipts] == [client(0), client(1), client(2)]
+
+
+def test_sums_that_are_lost_before_they_are_sealed_send_their_clients_back_to_be_asked(harness, plan):
+    harness.open(plan, 0, 1, 2)
+    harness.fold(plan, 0, 1)
+    harness.fold(plan, 2, incarnation="b")
+    (seal,) = harness.hand_over(plan, "4-1", (0, 1), (2,))
+    assert isinstance(seal, Seal)
+    assert harness.do(IntakeVoid("a"))[-1] != Abstain(plan.key, Reason.STORAGE), "its sums may be read by now"
+    assert harness.phase(plan) is Phase.WRITING
+    assert harness.do(SumsGone(plan.key, "a")) == [
+        AskAgain(key=plan.key, clients=(client(0), client(1))),
+        Resume(plan.key, "4-1"),
+        OpenAtIntakes(key=plan.key, offer=b"offer"),
+    ]
+    harness.join(0, 1, incarnation="b")
+    harness.fold(plan, 0, 1, incarnation="b")
+    assert harness.freeze.seal_id == "4-2"
+    (again,) = harness.do(
+        HandedOver(
+            incarnation="b", key=plan.key, seal_id="4-2", entries=tuple(claim(plan, number) for number in (0, 1, 2))
+        )
+    )
+    assert len(again.receipts) == 3
+
+
+def test_past_the_deadline_it_seals_without_the_sums_that_are_lost(harness, plan):
+    harness.open(plan, 0, 1, 2, 3)
+    harness.fold(plan, 0, 1, 2)
+    harness.fold(plan, 3, incarnation="b")
+    harness.do(TimerFired(Timer(kind=TimerKind.DEADLINE, key=plan.key)))
+    harness.hand_over(plan, "4-1", (0, 1, 2), (3,))
+    _, seal = harness.do(SumsGone(plan.key, "b"))
+    assert [receipt.key.client for receipt in seal.receipts] == [client(0), client(1), client(2)]
+
+
+def test_sums_that_are_lost_after_they_were_sealed_are_no_loss(harness, plan):
+    harness.seal(plan, 0, 1, 2)
+    harness.do(PartialSealed(plan.key, "blake3:sealed"))
+    assert harness.do(SumsGone(plan.key, "a"), SumsGone(replace(plan, attempt=9).key, "a")) == []
 
 
 def test_an_intake_that_lists_what_it_never_claimed_is_void(harness, plan):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import secrets
 import signal
 import sqlite3
 import sys
@@ -16,7 +17,10 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from sharded import expected, hand_in, is_same, large, sealed_by
+from sharded import persist as hand_in_until_sealed
 
+from combiners.supervisor import NO_SPILLING
 from hierfl.errors import Unreachable
 from hierfl.layout import Layout, model_hash
 from hierfl.plan import ModelRef
@@ -32,7 +36,9 @@ class Served:
     def __init__(self, process: asyncio.subprocess.Process, ready: dict[str, Any]) -> None:
         self.process, self.ready = process, ready
         self.tree = psutil.Process(process.pid).children(recursive=True)
-        self.folder = json.loads(Path(ready["note"]).read_text())["folder"]
+        note = Path(ready["note"])
+        self.folder = json.loads(note.read_text())["folder"] if note.exists() else None
+        """Its own Ray's; none where it has joined a cluster."""
 
     @property
     def addresses(self) -> list[str]:
@@ -44,13 +50,17 @@ class Served:
         return await self.process.wait()
 
     def actor(self, name: str) -> psutil.Process:
-        return next(
-            child for child in psutil.Process(self.process.pid).children(recursive=True) if name in title(child)
-        )
+        return self.actors(name)[0]
+
+    def actors(self, name: str) -> list[psutil.Process]:
+        return [child for child in psutil.Process(self.process.pid).children(recursive=True) if name in title(child)]
 
 
 def title(process: psutil.Process) -> str:
-    return " ".join(process.cmdline())
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
 
 
 @pytest.fixture
@@ -196,6 +206,166 @@ async def test_killed_actors_come_back_and_their_clients_are_asked_again(serve, 
         await asyncio.gather(*(persist(connect, kit, served.addresses[1], plan) for kit in client_kits[:3]))
         _, head, _, _ = await controller.partials.get()
         assert (head.num_updates, head.region_epoch) == (3, 2)
+
+
+@pytest.mark.parametrize("encoding", ["float32", "topk"])
+async def test_shards_are_processes_of_their_own_and_make_the_same_sums(
+    serve, controller, client_kits, connect, plan, encoding
+):
+    plan = large(plan, encoding)
+    async with serve("--shards", "3") as served:
+        head, partial, _ = await sealed_by(served, controller, connect, client_kits, plan)
+        assert (head.num_updates, head.weight) == (4, 10)
+        assert is_same(partial, expected(plan))
+        assert len({shard.pid for shard in served.actors("ShardActor")}) == 6, "three for each intake"
+        assert await served.stop() == 0
+    nothing_is_left(served)
+
+
+async def test_a_killed_shard_ends_its_intake_s_incarnation_and_every_update_counts_once(
+    serve, controller, client_kits, connect, plan
+):
+    plan = large(plan)
+    async with serve("--intakes", "1", "--shards", "3") as served:
+        clients = [await connect(kit, served.addresses[0]) for kit in client_kits[:4]]
+        await controller.offer(plan)
+        await asyncio.gather(*(client.offer() for client in clients))
+        await asyncio.gather(*(hand_in(client, plan, number) for number, client in enumerate(clients[:3])))
+        killed, *others = served.actors("ShardActor")
+        intake = served.actor("IntakeActor")
+        killed.kill()
+        await asyncio.gather(*(client.ended.wait() for client in clients))
+        await asyncio.gather(
+            *(hand_in_until_sealed(connect, kit, served.addresses[0], plan, n) for n, kit in enumerate(client_kits[:4]))
+        )
+        head, partial = (await controller.partials.get())[1:3]
+        assert (head.num_updates, head.weight) == (4, 10)
+        assert is_same(partial, expected(plan))
+        assert served.actor("IntakeActor").pid == intake.pid, "the intake lives on, under another incarnation"
+        again = served.actors("ShardActor")
+        assert len(again) == 3
+        assert {shard.pid for shard in again}.isdisjoint({killed.pid, *(shard.pid for shard in others)})
+
+
+async def test_the_shards_of_a_killed_intake_end_with_it(serve, controller, client_kits, connect, plan):
+    plan = large(plan)
+    async with serve("--intakes", "1", "--shards", "2") as served:
+        client = await connect(client_kits[0], served.addresses[0])
+        others = [await connect(kit, served.addresses[0]) for kit in client_kits[1:4]]
+        await controller.offer(plan)
+        await asyncio.gather(*(one.offer() for one in [client, *others]))
+        await hand_in(client, plan, 0)
+        shards = served.actors("ShardActor")
+        served.actor("IntakeActor").kill()
+        await asyncio.gather(
+            *(hand_in_until_sealed(connect, kit, served.addresses[0], plan, n) for n, kit in enumerate(client_kits[:4]))
+        )
+        assert is_same((await controller.partials.get())[2], expected(plan))
+        assert psutil.wait_procs(shards, timeout=20)[1] == []
+
+
+CLUSTER = """
+import json, sys, time
+import ray
+
+ray.init(
+    address="local",
+    include_dashboard=False,
+    num_cpus=1,
+    object_store_memory=100 * 2**20,
+    _system_config=json.loads(sys.argv[1]),
+)
+print("at", ray.get_runtime_context().gcs_address, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """``async with cluster(system_config) as address``: a Ray cluster that is nobody's own."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+
+    @asynccontextmanager
+    async def run(system_config: str) -> AsyncIterator[str]:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", CLUSTER, system_config),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+        )
+        assert process.stdout is not None
+        assert process.stdin is not None
+        try:
+            yield await said_at(process.stdout)
+        finally:
+            process.stdin.close()
+            await process.wait()
+
+    async def said_at(said: asyncio.StreamReader) -> str:
+        while not (line := (await said.readline()).decode()).startswith("at "):
+            assert line, "it has ended"
+        return line.split()[1]
+
+    return run
+
+
+async def test_shards_are_had_in_a_cluster_that_was_joined_if_it_writes_no_update_to_a_disk(
+    serve, cluster, combiner_kit, controller, client_kits, connect, plan, tmp_path
+):
+    plan = large(plan)
+    async with (
+        cluster(NO_SPILLING) as address,
+        serve("--ray-address", address, "--shards", "2") as served,
+    ):
+        _, partial, _ = await sealed_by(served, controller, connect, client_kits, plan)
+        assert is_same(partial, expected(plan))
+        assert await served.stop() == 0
+    kit, other = str(combiner_kit.path), str(tmp_path / "other")
+    async with cluster("{}") as address:
+        asked = ("--controller", controller.address, "--ray-address", address, "--shards", "2")
+        status, said = await refused("--kit", kit, "--dir", other, *asked)
+        assert (status, "spills no objects to a disk" in said) == (3, True), said
+
+
+MODEL_MIB = 64
+
+
+async def test_an_intake_with_shards_needs_less_memory_than_the_model_has(
+    serve, controller, client_kits, connect, plan
+):
+    plan = large(plan, num_values=MODEL_MIB * 2**18)
+    async with serve("--intakes", "1", "--shards", "2") as served:
+        clients = [await connect(kit, served.addresses[0]) for kit in client_kits[:4]]
+        intake, before = served.actor("IntakeActor"), private_mib(served.actor("IntakeActor"))
+        await controller.offer(plan)
+        await asyncio.gather(*(client.offer() for client in clients))
+        peak, shards_peak = before, 0.0
+
+        async def watch() -> None:
+            nonlocal peak, shards_peak
+            while True:
+                peak = max(peak, private_mib(intake))
+                shards_peak = max([shards_peak, *map(private_mib, served.actors("ShardActor"))])
+                await asyncio.sleep(0.05)
+
+        watching = asyncio.create_task(watch())
+        await asyncio.gather(*(hand_in(client, plan, number) for number, client in enumerate(clients)))
+        _, head, _, _ = await asyncio.wait_for(controller.partials.get(), 120)
+        watching.cancel()
+        assert head.num_updates == 4
+        print(f"intake {before:.0f} MiB before, {peak:.0f} at most; a shard {shards_peak:.0f}")
+        assert peak - before < MODEL_MIB
+        assert shards_peak > MODEL_MIB, "half of the sums, twice as wide as the model"
+
+
+def private_mib(process: psutil.Process) -> float:
+    """Pages that only this process has; 0 once it has ended."""
+    try:
+        text = Path(f"/proc/{process.pid}/smaps_rollup").read_text(encoding="ascii")
+    except OSError:
+        return 0.0
+    return sum(int(line.split()[1]) for line in text.splitlines() if line.startswith("Private_")) / 1024
 
 
 async def test_after_kill_minus_9_the_next_start_cleans_up_and_goes_on(serve, controller):

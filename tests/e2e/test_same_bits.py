@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from federations import job, noisy_app
 
+from combiners.desk import IntakeSettings
 from hierfl.job import UpdateChoice
 
 SITES = [f"site-{number:02d}" for number in range(12)]
@@ -60,6 +61,27 @@ async def test_every_grouping_makes_the_same_model_from_encoded_updates(federate
         models[num_regions, intakes] = [item.model_hash for item in trained]
     assert len({tuple(hashes) for hashes in models.values()}) == 1, models
     assert len(set(models[1, 1])) == 3, "each round makes another model"
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    ("updates", "drop_bits"),
+    [(UpdateChoice(), 0), (ENCODINGS[1], 0), (ENCODINGS[3], 0), (UpdateChoice(), 12)],
+    ids=["float32", "int8", "topk", "rounded partials"],
+)
+async def test_shards_make_the_model_that_their_intake_alone_would_make(federate, updates, drop_bits):
+    models = {}
+    for shards in (0, 1, 3):
+        app, regions = noisy_app(delay_s=0.05, num_values=20_000), split(1, SITES[:4])
+        async with federate(regions, app=app, intake=IntakeSettings(shards=shards)) as federation:
+            found = await federation.train(job(min_clients=4, updates=updates, drop_bits=drop_bits))
+            assert len(federation.combiners[REGIONS[0]].shards) == shards
+        assert found.summary.state == "finished", found.summary.reason
+        trained = [item for item in found.rounds if item.task == 1]
+        assert [item.num_updates for item in trained] == [4, 4, 4]
+        models[shards] = [item.model_hash for item in trained]
+    assert models[0] == models[1] == models[3]
+    assert len(set(models[0])) == 3, "each round makes another model"
 
 
 async def test_the_same_job_submitted_twice_gets_the_same_bytes_and_trains_nobody(federate):
