@@ -79,8 +79,13 @@ class Session:
     def report_request(self) -> pb.ReportRequest:
         return self._host.reception.report_request()
 
-    async def attached(self) -> None:
-        """What is open is said right after this: from then on, what was not said is closed."""
+    async def attached(self, leader_epoch: int) -> None:
+        """What is open is said right after this: from then on, what was not said is closed.
+
+        Raises:
+            StaleEpoch: A later leader is known: this one has been replaced, and learns nothing from us.
+        """
+        await self._host.on_disk(self._host.store.raise_leader_epoch, leader_epoch)
         self._away_since_s = None
         asyncio.get_running_loop().call_later(INFORMED_S, self._inform)
 

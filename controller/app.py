@@ -14,8 +14,7 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 from types import TracebackType
-
-import grpc
+from typing import Any
 
 from controller.blobs import Blobs
 from controller.commits import Commits
@@ -26,7 +25,7 @@ from controller.store import SqliteStore, Store
 from controller.tenure import Tenure
 from controller.volume import require_shared
 from hierfl import kernels, observe
-from hierfl.errors import ConfigError, HierFLError, NotTheLeader, StaleEpoch, StoreUnreachable
+from hierfl.errors import ConfigError, ExtraMissing, HierFLError, NotTheLeader, StaleEpoch, StoreUnreachable
 from hierfl.pki import Kit, RoleName
 from hierfl.wire import tls
 
@@ -66,12 +65,14 @@ class ControllerApp:
         self._kit, self._directory, self._listen, self._advertise = kit, directory, listen, advertise
         self._open_store = open_store or _open_sqlite
         self._stack = AsyncExitStack()
-        self._server: grpc.aio.Server | None = None
+        self._server: Any = None
         self._roles: asyncio.Task[None] | None = None
         self._tenure: Tenure | None = None
         self._why = NotTheLeader("this controller is starting")
         """What it answers with while it does not lead."""
         self._leader: Leader | None = None
+        self.leads = False
+        """Whether it serves as the leader."""
         self.address = ""
         """``host:port`` that it listens on."""
 
@@ -80,10 +81,6 @@ class ControllerApp:
         """The newest of this process."""
         assert self._leader is not None, "it has led"
         return self._leader
-
-    @property
-    def leads(self) -> bool:
-        return self._tenure is not None
 
     async def __aenter__(self) -> ControllerApp:
         """Open, take the lead or stand by, serve.
@@ -123,7 +120,7 @@ class ControllerApp:
             error = await self._why_it_ended(self._tenure)
             if self._store.lease_s is None or not isinstance(error, NotTheLeader | StaleEpoch | StoreUnreachable):
                 raise error
-            logger.warning("this controller stands by: %s", error)
+            logger.warning("this controller steps down: %s", error)
             await self._step_down(_told(error))
 
     async def _try_to_lead(self) -> None:
@@ -143,7 +140,7 @@ class ControllerApp:
     def _say(self, error: HierFLError) -> None:
         told = _told(error)
         if told.args != self._why.args:
-            logger.warning("this controller stands by: %s", error)
+            logger.warning("%s", error)
         self._why = told
 
     async def _lead(self, tenure: Tenure) -> None:
@@ -157,6 +154,7 @@ class ControllerApp:
             self._bind(server)  # before a run is taken up: a taken port ends it here
         leader.start()
         await self._serve(server)
+        self.leads = True
         if self._store.lease_s is not None:
             logger.warning("this controller leads, under epoch %d", leader.epoch)
 
@@ -178,10 +176,11 @@ class ControllerApp:
         self._why, self._tenure = why, None
         await self.leader.stop()
         await self._serve(make_standby_server(self._kit, lambda: self._why))
+        self.leads = False
 
     # -------------------------------------------------------------- serving
 
-    async def _serve(self, server: grpc.aio.Server) -> None:
+    async def _serve(self, server: Any) -> None:
         """Serve with this one, in place of the one before."""
         if server is not self._server:
             if self._server is not None:
@@ -189,7 +188,7 @@ class ControllerApp:
             self._bind(server)
         await server.start()
 
-    def _bind(self, server: grpc.aio.Server) -> None:
+    def _bind(self, server: Any) -> None:
         """Listen, always on the address that was taken first."""
         port = tls.bind(server, self.address or self._listen, tls.server_credentials(self._kit))
         self.address, self._server = f"{self._listen.rpartition(':')[0]}:{port}", server
@@ -237,8 +236,10 @@ def open_redis(options: RedisOptions) -> Callable[[Path, str], Store]:
     """Opens the store in Redis, for ``ControllerApp``."""
 
     def open_store(directory: Path, federation: str) -> Store:
-        from controller.store_redis import RedisStore
-
+        try:
+            from controller.store_redis import RedisStore
+        except ModuleNotFoundError:
+            raise ExtraMissing("a store in Redis (redis-py)", "hierfl[redis]") from None
         store = RedisStore(options, federation)
         try:
             require_shared(directory, store)

@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 import click
 
 from controller.redis_options import RedisOptions, read_password
-
 from hierfl.cli.serving import catch_signals, directory_option, ready, ready_file_option, until_stopped
 
 __all__ = ["serve"]
@@ -53,8 +52,8 @@ def _file_option(name: str, words: str) -> Callable[[F], F]:
     default="",
     envvar="HIERFL_STORE",
     metavar="URL",
-    help="A Redis for runs, rounds and the lead: redis://[USER@]HOST:PORT[/DB], rediss:// with TLS, unix://[USER@]/PATH. "
-    "Default: a SQLite file in --dir, for one controller.",
+    help="A Redis for runs, rounds and the lead: redis://[USER@]HOST:PORT[/DB], rediss:// with TLS, or "
+    "unix://[USER@]/PATH. Default: a SQLite file in --dir, for one controller.",
 )
 @_file_option("--store-password-file", "File with the Redis password; or HIERFL_STORE_PASSWORD in the environment.")
 @_file_option("--store-ca", "CA of the Redis, PEM. Default: the system's.")

@@ -18,19 +18,32 @@ _MEANINGS: tuple[tuple[str, type[StorageError], str], ...] = (
     ("ClusterDown", StoreUnreachable, "is a cluster that serves nothing at present: wait"),
     ("MovedError", StorageError, "is one of a cluster that keeps this federation elsewhere: point --store at that one"),
     ("NOAUTH", StorageError, "asks for a password: HIERFL_STORE_PASSWORD_FILE names a file with it"),
-    ("WRONGPASS", StorageError, "refuses this user or password: see HIERFL_STORE_PASSWORD_FILE, and the user in the URL"),
+    (
+        "WRONGPASS",
+        StorageError,
+        "refuses this user or password: see HIERFL_STORE_PASSWORD_FILE, and the user in the URL",
+    ),
     ("Authentication required", StorageError, "asks for a password: HIERFL_STORE_PASSWORD_FILE names a file with it"),
     ("invalid username-password", StorageError, "refuses this user or password: see HIERFL_STORE_PASSWORD_FILE"),
     (
         "NoPermission",
         StorageError,
-        "does not allow this user what a store needs: `ACL SETUSER USER ~hierfl:* +@read +@write +@scripting +config|get`",
+        "does not allow this user what it needs: `ACL SETUSER USER ~hierfl:* +@read +@write +@scripting +config|get`",
     ),
-    ("no permissions", StorageError, "does not allow this user what a store needs: +@read +@write +@scripting +config|get"),
-    ("CERTIFICATE_VERIFY_FAILED", StorageError, "shows a certificate that the CA file does not vouch for: see --store-ca"),
+    (
+        "no permissions",
+        StorageError,
+        "does not allow this user what it needs: +@read +@write +@scripting +config|get",
+    ),
+    (
+        "CERTIFICATE_VERIFY_FAILED",
+        StorageError,
+        "shows a certificate that the CA file does not vouch for: see --store-ca",
+    ),
     ("Timeout", StoreUnreachable, "gives no answer in time: is it frozen, or the network? Trying again"),
 )
-"""Words in an error or in its class's name (redis-py cuts off Redis's own code where it has a class for it), the class that it becomes, and what is said after the store's address."""
+"""Words in an error or in its class's name (redis-py cuts off Redis's own code where it has a class for it), the class
+that it becomes, and what is said after the store's address."""
 
 
 def translated(error: Exception, where: str) -> StorageError:
@@ -39,12 +52,6 @@ def translated(error: Exception, where: str) -> StorageError:
     for words, kind, meaning in _MEANINGS:
         if words in text:
             return kind(f"Redis at {where} {meaning}")
-    if _is_no_connection(error):
+    if "ConnectionError" in text:
         return StoreUnreachable(f"Redis at {where} is not there ({error}): is it running? Trying again")
     return StorageError(f"Redis at {where} refuses: {error}")
-
-
-def _is_no_connection(error: Exception) -> bool:
-    from redis.exceptions import ConnectionError as NoConnection
-
-    return isinstance(error, NoConnection)

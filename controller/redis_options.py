@@ -16,7 +16,7 @@ from hierfl.errors import ConfigError
 
 __all__ = ["PASSWORD", "PASSWORD_FILE", "RedisOptions", "read_password"]
 
-PASSWORD, PASSWORD_FILE = "HIERFL_STORE_PASSWORD", "HIERFL_STORE_PASSWORD_FILE"  # noqa: S105  names of variables
+PASSWORD, PASSWORD_FILE = "HIERFL_STORE_PASSWORD", "HIERFL_STORE_PASSWORD_FILE"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,8 @@
 """What is done in Redis in one step each: Lua, atomic, on keys that begin with the one prefix that they are given.
 
 Each compares the store's identity first: a Redis that was wiped is another store, and gets nothing written. Answers
-are lists: a word, and what belongs to it. ``ok``, ``held`` (by whom), ``stale`` (the epoch there is), ``other`` (the row that
-is there with other contents), ``wiped`` (the identity there is).
+are lists: a word, and what belongs to it. ``ok``, ``held`` (by whom), ``stale`` (the epoch there is), ``other`` (the
+row that is there with other contents), ``wiped`` (the identity there is).
 
 Nothing is written before everything has been compared: Redis does not take back what a script did before it failed.
 """

@@ -32,8 +32,9 @@ WRITTEN_ONCE = (AnswerRow, ModelRow, RoundRow)
 class Store(Protocol):
     """What the controller remembers. One controller leads; all of it is read back at a start."""
 
-    lease_s: float | None
-    """Seconds for which a lead holds unless it is renewed; None where it holds until ``close``."""
+    @property
+    def lease_s(self) -> float | None:
+        """Seconds for which a lead holds unless it is renewed; None where it holds until ``close``."""
 
     @property
     def store_id(self) -> str:

@@ -121,13 +121,13 @@ class RedisStore:
         """Name of the blob volume of this store: ``volume``, unless one was named before."""
         said, value = self._run("volume", self.store_id, volume)
         self._require_ours(said, value, None)
-        return value
+        return str(value)
 
     def _require_ours(self, said: str, value: str, epoch: int | None) -> None:
         if said == "wiped":
             raise StoreDamaged(
-                f"{self._where} holds store {value or 'none'}, not {self.store_id}: was Redis wiped, or restored from a "
-                "backup? Stop all controllers, and bring back its append-only file"
+                f"{self._where} holds store {value or 'none'}, not {self.store_id}: was Redis wiped, or is it another? "
+                "Stop all controllers, and bring back its append-only file"
             )
         if said == "stale":
             raise StaleEpoch(f"this controller leads under epoch {epoch}, the store is under {value}: stop it")
@@ -195,7 +195,9 @@ class RedisStore:
     def _call(self, call: Callable[[], T]) -> T:
         """Every call may be made twice: reads, and writes and leads for the reason that the module gives."""
         try:
-            return self._again.call_with_retry(call, lambda _: self._db.connection_pool.disconnect(inuse_connections=False))
+            return self._again.call_with_retry(
+                call, lambda _: self._db.connection_pool.disconnect(inuse_connections=False)
+            )
         except redis.RedisError as error:
             raise translated(error, self._where) from None
 

@@ -53,8 +53,8 @@ def require_shared(directory: Path, store: SharedStore) -> None:
     marker = _read(directory) or _write(directory, Marker(store_id=store.store_id, volume=uuid.uuid4().hex))
     if marker.store_id != store.store_id:
         raise StoreDamaged(
-            f"{directory} belongs to store {marker.store_id}, and --store is {store.store_id}: is it another Redis, or was "
-            "it wiped? Bring back its append-only file; hierfl explain HFL-604 says what else there is"
+            f"{directory} belongs to store {marker.store_id}, and --store is {store.store_id}: is it another Redis, or "
+            "was it wiped? Bring back its append-only file; hierfl explain HFL-604 says what else there is"
         )
     if store.shared(marker.volume) != marker.volume:
         rule = "is not the folder that this store's controllers share: mount that one, and name it here"

@@ -20,6 +20,7 @@ from hierfl.toml import Reading, build, open_toml
 from hierfl.types import NAME_PATTERN, RegionId, SiteId
 
 __all__ = [
+    "ANY_PORT",
     "Address",
     "ControllerConfig",
     "FederationConfig",

@@ -288,7 +288,7 @@ class ComeBack(Unreachable):
 
 
 class NotTheLeader(Unreachable):
-    """A controller that stands by, or waits for its store. Args: the sentence, and the ``leader``, where it is known."""
+    """A controller stands by, or waits for its store. Args: the sentence, and the ``leader``, where it is known."""
 
     code = "HFL-503"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sqlite3
 import subprocess
@@ -491,10 +492,8 @@ class TestRedisStore(StoreRules):
         led: list[int] = []
 
         def try_to_lead(store):
-            try:
+            with contextlib.suppress(NotTheLeader):
                 led.append(store.lead())
-            except NotTheLeader:
-                pass
 
         threads = [threading.Thread(target=try_to_lead, args=(store,)) for store in stores]
         for thread in threads:
