@@ -194,9 +194,9 @@ class ControllerApp:
         self.address, self._server = f"{self._listen.rpartition(':')[0]}:{port}", server
 
     async def _end(self) -> None:
-        if self._roles is not None:
-            self._roles.cancel()
-            await asyncio.wait([self._roles])
+        while self._roles is not None and not self._roles.done():
+            self._roles.cancel()  # which a wait within gRPC may swallow
+            await asyncio.wait([self._roles], timeout=GRACE_S)
         if self._leader is not None:
             await self._leader.stop()
         if self._server is not None:
