@@ -16,6 +16,7 @@ from typing import Protocol
 from controller.blobs import durable_directory, storage_errors, sync_directory
 from hierfl import documents
 from hierfl.errors import ConfigError, StoreDamaged, WireError
+from hierfl.failpoints import reach
 
 __all__ = ["MARKER", "require_shared"]
 
@@ -82,6 +83,7 @@ def _write(directory: Path, marker: Marker) -> Marker:
                 file.write(documents.encode(marker))
                 file.flush()
                 os.fsync(file.fileno())
+            reach("controller.volume")
             with suppress(FileExistsError):
                 (directory / MARKER).hardlink_to(temporary)
             sync_directory(directory)
