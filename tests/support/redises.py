@@ -58,7 +58,9 @@ class RedisServer:
     def command(self, *words: str) -> str:
         """What ``redis-cli`` says to a command."""
         asked = ["redis-cli", "-s", str(self.socket), *words]
-        return subprocess.run(asked, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        return (
+            subprocess.run(asked, capture_output=True, check=True, timeout=10).stdout.decode(errors="replace").strip()
+        )
 
     def signal(self, number: signal.Signals) -> None:
         assert self.process is not None
