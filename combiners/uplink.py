@@ -47,6 +47,8 @@ logger = logging.getLogger(__name__)
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 5.0
 STANDBY_PAUSE_S = 1.0
 """Longest pause where a controller says that it stands by: one of them leads, or will within seconds."""
+HELLO_S = 5.0
+"""Longest wait for a controller's first answer: one that is frozen takes connections, and says nothing."""
 REMIND_S = 60.0
 COALESCE_S = 0.1
 """Progress is reported at most so often."""
@@ -85,7 +87,8 @@ class Uplink:
 
     async def run(self) -> None:
         """Attach, and again whenever the session ends; never returns."""
-        tries, at, said, said_at_s = 0, 0, "", 0.0
+        tries, at, said_at_s = 0, 0, 0.0
+        said: dict[str, str] = {}
         while True:
             address = self._addresses[at]
             began_s, longest_s = time.monotonic(), LONGEST_PAUSE_S
@@ -102,10 +105,10 @@ class Uplink:
                 self._up.clear()
                 await self._events.detached(self._take_counts(time.monotonic() - began_s))
             tries = 0 if was_up and time.monotonic() - began_s > LONGEST_PAUSE_S else tries + 1
-            at = at if was_up else (at + 1) % len(self._addresses)  # one that was there may be back at once
-            if reason != said or time.monotonic() - said_at_s > REMIND_S:
+            at = (at + 1) % len(self._addresses)
+            if reason != said.get(address) or time.monotonic() - said_at_s > REMIND_S:
                 logger.warning("%s; trying again, every %g s at least", reason, LONGEST_PAUSE_S)
-                said, said_at_s = reason, time.monotonic()
+                said[address], said_at_s = reason, time.monotonic()
             rounds = tries // len(self._addresses)  # through all of them
             await asyncio.sleep(min(pause_s(rounds), longest_s))
 
@@ -113,7 +116,7 @@ class Uplink:
         channel = tls.open_channel(self._kit, address, self._server)
         try:
             stub = rpc.stub(channel, "ControllerService")
-            await rpc.hello(stub, WHO, address)
+            await _hello(stub, address)
             async with asyncio.TaskGroup() as group:
                 reports = group.create_task(self._report(stub))
                 await self._listen(stub)
@@ -235,6 +238,14 @@ class Uplink:
         control = Control(counts=dict(sorted(self._sent.items())), bytes_out=self._bytes_out, seconds=round(seconds, 3))
         self._sent, self._bytes_out = Counter(), 0
         return control
+
+
+async def _hello(stub: rpc.Stub, address: str) -> None:
+    try:
+        async with asyncio.timeout(HELLO_S):
+            await rpc.hello(stub, WHO, address)
+    except TimeoutError:
+        raise Unreachable(f"{WHO} at {address} gave no answer in {HELLO_S:g} s") from None
 
 
 async def _answer(call: Callable[[rpc.Stub], Awaitable[Any]], stub: rpc.Stub) -> Any:

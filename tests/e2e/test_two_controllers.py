@@ -224,8 +224,7 @@ async def test_a_leader_that_thaws_after_its_lease_writes_nothing_and_is_obeyed_
         run = await federation.submit(the_job())
         await gate.until_round_two()
         federation.leader.signal(signal.SIGSTOP)
-        await leads(federation, federation.standby)
-        await until(lambda: all(c.region is not None and known(c) == 2 for c in federation.combiners.values()))
+        followed_after = await until(lambda: [known(each) for each in federation.combiners.values()] == [2, 2])
         rows = rows_of(redis)
         federation.leader.signal(signal.SIGCONT)
         assert str(await refusal(federation, federation.leader)).endswith(f"; {federation.standby.address} leads")
@@ -237,7 +236,8 @@ async def test_a_leader_that_thaws_after_its_lease_writes_nothing_and_is_obeyed_
         assert federation.leader.child.returncode is None  # it stands by, and takes over in its turn:
         federation.standby.signal(signal.SIGTERM)
         await federation.standby.child.wait()
-        report(test="leader thawed", next_led_after_s=await leads(federation, federation.leader))
+        await leads(federation, federation.leader)
+        report(test="leader frozen and thawed", regions_follow_the_next_after_s=followed_after)
 
 
 async def refusal(federation: TwoControllers, process: Process) -> NotTheLeader:
