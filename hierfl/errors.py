@@ -291,6 +291,7 @@ class NotTheLeader(Unreachable):
     """A controller stands by, or waits for its store. Args: the sentence, and the ``leader``, where it is known."""
 
     code = "HFL-503"
+    leader = ""
 
     def __init__(self, sentence: str, leader: str = "") -> None:
         super().__init__(sentence, leader)

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
 import threading
 import time
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
+from redis import exceptions as redis_errors
 from redises import make_redis
 
+from controller.redis_errors import translated
 from controller.redis_options import RedisOptions, read_password
 from controller.rows import AnswerRow, AttemptRow, ModelRow, RegionRow, RoundRow, RunRow
 from controller.store import SCHEMA_VERSION, SqliteStore
@@ -538,3 +548,76 @@ def test_a_row_keeps_the_reason_of_its_event_and_the_time_of_its_end():
     assert attempt_row().after(QuorumUnreachable(reason="far")).reason == "far"
     with pytest.raises(InvalidTransition):
         ended.after(RunFinished())
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (redis_errors.OutOfMemoryError("command not allowed"), StoreUnreachable, "maxmemory"),
+        (redis_errors.ResponseError("MISCONF Errors writing to the AOF file"), StoreUnreachable, "make room"),
+        (redis_errors.BusyLoadingError("Redis is loading"), StoreUnreachable, "reading its data"),
+        (redis_errors.ReadOnlyError("You can't write"), StoreUnreachable, "replica"),
+        (redis_errors.ResponseError("NOREPLICAS Not enough good replicas"), StoreUnreachable, "min-replicas"),
+        (redis_errors.TimeoutError("Timeout reading from socket"), StoreUnreachable, "in time"),
+        (redis_errors.ConnectionError("Connection refused"), StoreUnreachable, "is it running"),
+        (redis_errors.AuthenticationError("invalid username-password pair"), StorageError, "refuses this user"),
+        (redis_errors.ConnectionError("[SSL: CERTIFICATE_VERIFY_FAILED]"), StorageError, "--store-ca"),
+        (redis_errors.ResponseError("ERR something new"), StorageError, "something new"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None) or str(value)[:20],
+)
+def test_what_redis_answers_is_said_with_the_next_step(error, kind, words):
+    told = translated(error, "redis://here")
+    assert type(told) is kind
+    assert words in str(told)
+    assert str(told).startswith("Redis at redis://here ")
+
+
+@pytest.fixture
+def certificates(tmp_path):
+    """A CA, a server's certificate for 127.0.0.1 and a client's, as PEM files."""
+    ca_key = ec.generate_private_key(ec.SECP256R1())
+    ca_name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "a CA")])
+    begins = datetime.now(UTC) - timedelta(minutes=5)
+
+    def issue(name, subject, key, **extension):
+        builder = x509.CertificateBuilder(ca_name, subject, key.public_key(), x509.random_serial_number())
+        builder = builder.not_valid_before(begins).not_valid_after(begins + timedelta(hours=1))
+        san = x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))])
+        ca = x509.BasicConstraints(ca=bool(extension), path_length=None)
+        made = builder.add_extension(ca, critical=True).add_extension(san, critical=False).sign(ca_key, SHA256())
+        (tmp_path / f"{name}.pem").write_bytes(made.public_bytes(Encoding.PEM))
+        private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        (tmp_path / f"{name}.key").write_bytes(private)
+
+    issue("ca", ca_name, ca_key, ca=True)
+    for name in ("server", "client"):
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        issue(name, subject, ec.generate_private_key(ec.SECP256R1()))
+    return tmp_path
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
+
+def test_redis_over_tls_with_certificates_on_both_sides(make_redis, certificates):
+    from controller.store_redis import RedisStore
+
+    port, at = free_port(), certificates
+    files = f"--tls-ca-cert-file {at}/ca.pem", f"--tls-cert-file {at}/server.pem", f"--tls-key-file {at}/server.key"
+    make_redis(f"--tls-port {port}", *files)
+    url = f"rediss://127.0.0.1:{port}"
+    own = {"certificate": at / "client.pem", "key": at / "client.key"}
+    store = RedisStore(RedisOptions(url=url, ca=at / "ca.pem", **own), "fed")
+    store.write(store.lead(), run_row())
+    assert store.runs() == [run_row()]
+    store.close()
+    with pytest.raises(StorageError, match="--store-ca"):
+        RedisStore(RedisOptions(url=url, **own), "fed")  # the system's CAs do not know it
+    with pytest.raises(StorageError):
+        RedisStore(RedisOptions(url=url, ca=at / "ca.pem"), "fed")
+    with pytest.raises(ConfigError, match="rediss://"):
+        RedisOptions(url="redis://127.0.0.1", ca=at / "ca.pem")
