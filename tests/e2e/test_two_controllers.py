@@ -17,13 +17,19 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from disks import small_disk
 from federations import InProcess, job, noisy_app
 from redises import RedisServer, make_redis
 
 from combiners.settings import RegionSettings
+from hierfl.cli.runs import follow
+from hierfl.client.params import make_layout
+from hierfl.config import load_federation
 from hierfl.errors import NotTheLeader, Unreachable
+from hierfl.job import Arithmetic, Job, JobHead, RoundRules
+from hierfl.local import serving
 from hierfl.operator import connect
 from hierfl.pki import Kit
 
@@ -340,3 +346,56 @@ async def test_a_redis_whose_disk_is_full_ends_and_the_run_goes_on_once_there_is
         disk.free()
         redis.start()
         assert checked(await federation.outcome(run)) == undisturbed
+
+
+APP = """
+import time
+from pathlib import Path
+
+import numpy as np
+
+from hierfl.client import Update
+
+GATE = Path(__file__).with_name("gate")
+
+
+def init(config):
+    return {"w": np.zeros(10, np.float32)}
+
+
+def train(task):
+    Path(__file__).with_name(f"arrived-{task.round}").touch()
+    while task.round == 2 and not GATE.exists():
+        time.sleep(0.05)
+    return Update({"w": task.params["w"] + 1}, num_examples=10)
+"""
+
+
+async def test_up_keeps_two_controllers_and_what_follows_a_run_goes_over_to_the_next(tmp_path, make_redis):
+    redis, said = make_redis(), []
+    (tmp_path / "app.py").write_text(APP)
+    text = f'[federation]\nname = "test"\n\n[controller]\nstore = "{redis.url}"\nstandbys = 1\n\n'
+    text += '[site]\napp = "app.py"\n\n[regions.eu]\nk = 2\nsites = 2\n'
+    (tmp_path / "federation.toml").write_text(text)
+    the_rules = RoundRules(min_regions=1, min_clients=2, report_timeout_s=60, silence_s=2, evaluate_every=0)
+    wanted = Job(job=JobHead(name="test", app="app", rounds=3), round=the_rules, arithmetic=Arithmetic(k=2))
+    config = load_federation(tmp_path / "federation.toml")
+    async with (
+        serving(config, tmp_path / ".hierfl", said.append) as federation,
+        connect(Kit.load(federation.operator_kit), *federation.controller_addresses) as admin,
+    ):
+        layout, vectors = make_layout({"w": np.zeros(10, np.float32)})
+        run = await admin.submit(wanted, await admin.upload_model(layout, vectors))
+        following = asyncio.create_task(follow(admin, run))
+        await until((tmp_path / "arrived-2").exists, 60)
+        killed = federation.children["controller"]
+        os.kill(killed.pid, signal.SIGKILL)
+        await killed.exited()
+        (tmp_path / "gate").touch()
+        async with asyncio.timeout(60):
+            assert (await following).state == "finished"
+        assert admin.address == federation.controller_addresses[1]
+        found, status = await admin.run(run), await admin.status()
+        await until(lambda: "controller serves again" in said)
+    assert [(item.attempts, item.num_updates) for item in found.rounds] == [(1, 2)] * 3
+    assert status.leader_epoch == 2
