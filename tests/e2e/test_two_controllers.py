@@ -16,6 +16,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from types import SimpleNamespace
+from typing import IO
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from hierfl.cli.runs import follow
 from hierfl.client.params import make_layout
 from hierfl.config import load_federation
 from hierfl.errors import NotTheLeader, Unreachable
+from hierfl.failpoints import POINTS, VARIABLE
 from hierfl.job import Arithmetic, Job, JobHead, RoundRules
 from hierfl.local import serving
 from hierfl.operator import connect
@@ -83,6 +85,8 @@ class TwoControllers(InProcess):
 
     leader: Process
     standby: Process
+    stack: AsyncExitStack
+    log: IO[bytes]
 
     def use(self, *processes: Process) -> None:
         self.leader, self.standby = processes
@@ -112,11 +116,14 @@ class TwoControllers(InProcess):
 
 
 @asynccontextmanager
-async def controller(federation: InProcess, redis: RedisServer, log) -> AsyncIterator[Process]:
-    argv = ["-m", "hierfl", "controller", "serve", "--kit", federation.kit("controller")]
+async def controller(
+    federation: InProcess, redis: RedisServer, log, listen: str = "127.0.0.1:0"
+) -> AsyncIterator[Process]:
+    argv = ["-m", "hierfl", "controller", "serve", "--kit", federation.kit("controller"), "--listen", listen]
     argv += ["--dir", federation.directory / "controller", "--store", redis.url]
+    failpoints = {VARIABLE: str(federation.directory / "failpoints")}
     child = await asyncio.create_subprocess_exec(
-        sys.executable, *map(str, argv), stdout=asyncio.subprocess.PIPE, stderr=log
+        sys.executable, *map(str, argv), stdout=asyncio.subprocess.PIPE, stderr=log, env={**os.environ, **failpoints}
     )
     try:
         async with asyncio.timeout(60):
@@ -138,8 +145,10 @@ def two(tmp_path, make_redis):
         redis = redis or make_redis()
         federation = TwoControllers(tmp_path / "two", REGIONS, 1, app, RegionSettings())
         federation.provision()
+        (federation.directory / "failpoints").mkdir()
         async with AsyncExitStack() as stack:
-            log = stack.enter_context((tmp_path / "controllers.log").open("wb"))
+            federation.stack = stack
+            log = federation.log = stack.enter_context((tmp_path / "controllers.log").open("wb"))
             stack.callback(lambda: print((tmp_path / "controllers.log").read_text()))
             processes = [await stack.enter_async_context(controller(federation, redis, log)) for _ in range(2)]
             assert [each.stood_by for each in processes] == [False, True]
@@ -346,6 +355,51 @@ async def test_a_redis_whose_disk_is_full_ends_and_the_run_goes_on_once_there_is
         disk.free()
         redis.start()
         assert checked(await federation.outcome(run)) == undisturbed
+
+
+NOT_HERE = {"controller.transaction", "controller.volume", "controller.ended"}
+"""Of SQLite, of the first start, and of a run's end."""
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("action", ["kill", "freeze"])
+async def test_a_leader_killed_or_frozen_at_any_point_costs_no_round_and_no_bit(two, federate, action):
+    """One run; at each point the leader ends, or freezes and thaws once it has a successor."""
+    points = [point for point in POINTS if point.startswith("controller.") and point not in NOT_HERE]
+    seconds: dict[str, float] = {}
+    async with two(noisy_app(delay_s=0.3)) as (federation, redis):
+        run = await federation.submit(job(rounds=10_000, min_regions=2, min_clients=2, evaluate_every=0))
+        for point in points:
+            (federation.directory / "failpoints" / point).write_text(action)
+            await until(lambda point=point: list((federation.directory / "failpoints").glob(f"{point}.*")), 60)
+            ended, successor = federation.leader, federation.standby
+            seconds[point] = await leads(federation, successor)
+            if action == "freeze":
+                ended.signal(signal.SIGCONT)
+                assert (await refusal(federation, ended)).leader == successor.address
+            else:
+                assert await ended.child.wait() == -signal.SIGKILL
+                ended = await federation.stack.enter_async_context(
+                    controller(federation, redis, federation.log, ended.address)
+                )
+                assert ended.stood_by
+            federation.use(successor, ended)
+            before = await rounds_of(federation, run)
+            while await rounds_of(federation, run) <= before:
+                await asyncio.sleep(0.1)
+        async with federation.operator() as operator:
+            assert await operator.cancel(run) == "cancelled"
+            found = await operator.run(run)
+        assert epoch_of(redis) == 1 + len(points)
+    assert [(item.round, item.attempts, item.num_updates) for item in found.rounds] == [
+        (number, 1, 4) for number in range(1, len(found.rounds) + 1)
+    ]
+    report(test=f"leader: {action} at {len(points)} points", slowest_s=max(seconds.values()), rounds=len(found.rounds))
+    async with federate(REGIONS, app=noisy_app()) as undisturbed:
+        rules = job(rounds=len(found.rounds), min_regions=2, min_clients=2, evaluate_every=0)
+        expected = await undisturbed.outcome(await undisturbed.submit(rules))
+    trained = [item.model_hash for item in expected.rounds if item.task == 1]
+    assert [item.model_hash for item in found.rounds] == trained
 
 
 APP = """
