@@ -105,7 +105,7 @@ class ControllerApp:
             await self._serve(make_standby_server(self._kit, lambda: self._why))
             await self._try_to_lead()
         else:
-            await self._lead(Tenure(self._store, name="", at_least=self._commits.highest_epoch()))
+            await self._lead(Tenure(self._store, name=""))
         self._roles = asyncio.create_task(self._change_roles())
 
     # -------------------------------------------------------------- roles
@@ -126,16 +126,12 @@ class ControllerApp:
     async def _try_to_lead(self) -> None:
         """Take the lead if it is to be had; if not, keep why."""
         try:
-            tenure = await asyncio.to_thread(self._take)
-            await self._lead(tenure)
+            name = self._advertise or self.address
+            await self._lead(await asyncio.to_thread(lambda: Tenure(self._store, name=name)))
         except (NotTheLeader, StaleEpoch, StoreUnreachable) as error:
             if self._tenure is not None:
                 await self._step_down(_told(error))
             self._say(error)
-
-    def _take(self) -> Tenure:
-        name = self._advertise or self.address
-        return Tenure(self._store, name=name, at_least=self._commits.highest_epoch())
 
     def _say(self, error: HierFLError) -> None:
         told = _told(error)

@@ -28,15 +28,15 @@ RETRY_S = 0.25
 class Tenure:
     """See the module. A ``Store``, for the leader of its epoch."""
 
-    def __init__(self, store: Store, *, name: str, at_least: int = 0) -> None:
-        """Take the lead. Blocks.
+    def __init__(self, store: Store, *, name: str) -> None:
+        """Take the lead; what others are told of it is ``name``. Blocks.
 
         Raises:
             NotTheLeader: Another controller has it.
             StorageError: As ``Store.lead``.
         """
         self._store, self.store_id, self.lease_s = store, store.store_id, store.lease_s
-        self.epoch = store.lead(at_least, name=name)
+        self.epoch = store.lead(name=name)
         self.ended: HierFLError | None = None
         """Why it ended."""
         self._over = asyncio.Event()
@@ -58,7 +58,7 @@ class Tenure:
         held_until = clock() + lease_s
         while self.ended is None:
             await asyncio.sleep(lease_s / RENEWALS)
-            while (error := await self._renew(held_until)) is not None:
+            while (error := await self._renew()) is not None:
                 if clock() >= held_until or not isinstance(error, StoreUnreachable):
                     self._end(error)
                     return
@@ -66,9 +66,8 @@ class Tenure:
                 await asyncio.sleep(RETRY_S)
             held_until = clock() + lease_s
 
-    async def _renew(self, held_until: float) -> HierFLError | None:
+    async def _renew(self) -> HierFLError | None:
         """One try; None where it worked. A thread waits for it: a store that is frozen stops nothing else here."""
-        del held_until
         epoch = self.epoch
         try:
             await asyncio.to_thread(self._store.renew, epoch)
