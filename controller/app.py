@@ -228,8 +228,8 @@ def _open_sqlite(directory: Path, federation: str) -> Store:
     return SqliteStore(directory / "controller.sqlite", federation)
 
 
-def open_redis(options: RedisOptions) -> Callable[[Path, str], Store]:
-    """Opens the store in Redis, for ``ControllerApp``."""
+def open_redis(options: RedisOptions, recovering: Kit | None = None) -> Callable[[Path, str], Store]:
+    """Opens the store in Redis, for ``ControllerApp``; rebuilds it first, where the kit for that is given."""
 
     def open_store(directory: Path, federation: str) -> Store:
         try:
@@ -238,6 +238,10 @@ def open_redis(options: RedisOptions) -> Callable[[Path, str], Store]:
             raise ExtraMissing("a store in Redis (redis-py)", "hierfl[redis]") from None
         store = RedisStore(options, federation)
         try:
+            if recovering is not None:
+                from controller.recovery import recover
+
+                recover(directory, store, recovering)
             require_shared(directory, store)
         except BaseException:
             store.close()

@@ -17,6 +17,7 @@ import click
 
 from controller.redis_options import RedisOptions, read_password
 from hierfl.cli.serving import catch_signals, directory_option, ready, ready_file_option, until_stopped
+from hierfl.errors import ConfigError
 
 __all__ = ["serve"]
 
@@ -59,6 +60,12 @@ def _file_option(name: str, words: str) -> Callable[[F], F]:
 @_file_option("--store-ca", "CA of the Redis, PEM. Default: the system's.")
 @_file_option("--store-cert", "Client certificate for the Redis, PEM.")
 @_file_option("--store-key", "Its key, PEM.")
+@click.option(
+    "--recover",
+    is_flag=True,
+    help="Rebuild a Redis that was wiped from --dir first: committed versions come back, runs that go on come back "
+    "paused. Stop all other controllers before.",
+)
 @ready_file_option
 def serve(
     kit: Path,
@@ -70,6 +77,7 @@ def serve(
     store_ca: Path | None,
     store_cert: Path | None,
     store_key: Path | None,
+    recover: bool,
     ready_file: Path | None,
 ) -> None:
     """Serve as the federation's controller, until SIGTERM or Ctrl-C.
@@ -95,11 +103,19 @@ def serve(
             certificate=store_cert,
             key=store_key,
         )
-    asyncio.run(_serve(kit, directory, listen, advertise, options, ready_file))
+    elif recover:
+        raise ConfigError("--recover", None, "is for a store in Redis: name it with --store")
+    asyncio.run(_serve(kit, directory, listen, advertise, options, recover, ready_file))
 
 
 async def _serve(
-    kit: Path, directory: Path, listen: str, advertise: str, options: RedisOptions | None, ready_file: Path | None
+    kit: Path,
+    directory: Path,
+    listen: str,
+    advertise: str,
+    options: RedisOptions | None,
+    recover: bool,
+    ready_file: Path | None,
 ) -> None:
     from controller.app import ControllerApp, open_redis
     from controller.blobs import durable_directory
@@ -109,8 +125,9 @@ async def _serve(
     buffers.keep_freed_memory()
     stopped = asyncio.Event()
     catch_signals(stopped)
-    open_store = None if options is None else open_redis(options)
-    app = ControllerApp(Kit.load(kit), directory, listen, open_store=open_store, advertise=advertise)
+    loaded = Kit.load(kit)
+    open_store = None if options is None else open_redis(options, recovering=loaded if recover else None)
+    app = ControllerApp(loaded, directory, listen, open_store=open_store, advertise=advertise)
     durable_directory(directory)
     observe.configure(_process_name(listen, options), directory)
     try:

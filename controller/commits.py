@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,10 @@ from hierfl.records import CommitRecord
 from hierfl.types import RunId
 
 __all__ = ["Commits", "SignedRecord"]
+
+
+DESCRIPTION = "run"
+"""Beside a run's records, whose names are numbers: the run as it was submitted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +49,28 @@ class Commits:
         self._directory, self._check = directory, check
         durable_directory(directory)
 
+    def describe(self, run: RunId, document: bytes) -> None:
+        """Keep what a run was submitted as beside its records, durably: with these it outlives its store."""
+        folder = self._directory / run
+        durable_directory(folder)
+        temporary = folder / f".part-{uuid.uuid4().hex}"
+        with storage_errors(folder):
+            try:
+                _write(temporary, document)
+                reach("controller.describe")
+                temporary.replace(folder / DESCRIPTION)
+                sync_directory(folder)
+            finally:
+                temporary.unlink(missing_ok=True)
+
+    def described(self) -> Iterator[tuple[RunId, bytes | None]]:
+        """Every run that has a folder here, with what it was submitted as: None where that was not kept."""
+        for folder in sorted(self._directory.iterdir()):
+            if folder.is_dir():
+                path = folder / DESCRIPTION
+                with storage_errors(path):
+                    yield RunId(folder.name), path.read_bytes() if path.is_file() else None
+
     def create(self, run: RunId, version: int, record: SignedRecord) -> SignedRecord:
         """Create the record of a version, durably; returns the one that is there, ours or an earlier one.
 
@@ -56,10 +82,7 @@ class Commits:
         temporary = folder / f".part-{uuid.uuid4().hex}"
         with storage_errors(folder):
             try:
-                with temporary.open("xb") as file:
-                    file.write(documents.encode(record))
-                    file.flush()
-                    os.fsync(file.fileno())
+                _write(temporary, documents.encode(record))
                 reach("controller.link")
                 with suppress(FileExistsError):  # an earlier record stands; a rename would have replaced it
                     (folder / str(version)).hardlink_to(temporary)
@@ -99,3 +122,11 @@ class Commits:
     def _last(self, folder: Path) -> SignedRecord | None:
         versions = [int(path.name) for path in folder.iterdir() if path.name.isdigit()]
         return self.find(RunId(folder.name), max(versions)) if versions else None
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write a new file, durably but for its name."""
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())

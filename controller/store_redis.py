@@ -127,7 +127,7 @@ class RedisStore:
         if said == "wiped":
             raise StoreDamaged(
                 f"{self._where} holds store {value or 'none'}, not {self.store_id}: was Redis wiped, or is it another? "
-                "Stop all controllers, and bring back its append-only file"
+                "Stop all controllers, and bring back its append-only file, or start one with --recover"
             )
         if said == "stale":
             raise StaleEpoch(f"this controller leads under epoch {epoch}, the store is under {value}: stop it")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,9 @@ from controller.blobs import durable_directory, storage_errors, sync_directory
 from hierfl import documents
 from hierfl.errors import ConfigError, StoreDamaged, WireError
 from hierfl.failpoints import reach
+from hierfl.folders import write_file
 
-__all__ = ["MARKER", "require_shared"]
+__all__ = ["MARKER", "adopt", "require_shared"]
 
 MARKER = "store.json"
 
@@ -55,8 +57,31 @@ def require_shared(directory: Path, store: SharedStore) -> None:
     if marker.store_id != store.store_id:
         raise StoreDamaged(
             f"{directory} belongs to store {marker.store_id}, and --store is {store.store_id}: is it another Redis, or "
-            "was it wiped? Bring back its append-only file; hierfl explain HFL-604 says what else there is"
+            "was it wiped? Bring back its append-only file, or rebuild it from this folder with --recover"
         )
+    _pair(directory, marker, store)
+
+
+def adopt(directory: Path, store: SharedStore, refill: Callable[[], None]) -> None:
+    """Give ``directory``, whose store is lost, to this one, once ``refill`` has written into it what it needs.
+
+    Cut off anywhere, it can be done again; until it is done every controller refuses the pair.
+
+    Raises:
+        ConfigError: Nothing is lost here, or this store has a folder already.
+        StorageError: As ``require_shared``, and what ``refill`` raises.
+    """
+    marker = _read(directory)
+    if marker is None or marker.store_id == store.store_id:
+        raise ConfigError("--recover", str(directory), "must be a folder whose store is lost: start without --recover")
+    _pair(directory, marker, store)
+    refill()
+    with storage_errors(directory):
+        write_file(directory / MARKER, documents.encode(Marker(store_id=store.store_id, volume=marker.volume)))
+        sync_directory(directory)
+
+
+def _pair(directory: Path, marker: Marker, store: SharedStore) -> None:
     if store.shared(marker.volume) != marker.volume:
         rule = "is not the folder that this store's controllers share: mount that one, and name it here"
         raise ConfigError("--dir", str(directory), rule)

@@ -48,6 +48,7 @@ POINTS: Mapping[str, str] = MappingProxyType(
         "region.verdict": "a verdict is believed, and not written yet",
         "region.settled": "last words are durable, and no client has heard",
         "controller.volume": "the name of a shared store is written, and not in its folder yet",
+        "controller.describe": "what a run was submitted as is written, and its name is not in place yet",
         "controller.open": "an attempt is durable, and no region has been offered it",
         "controller.accept": "a partial is there whole, and not durable yet",
         "controller.accepted": "a partial's bytes are durable, its row is not",

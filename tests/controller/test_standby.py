@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 
 import pytest
 from redises import make_redis
@@ -166,6 +166,100 @@ async def test_a_wiped_redis_ends_the_controller_and_the_folder_does_not_take_to
     with pytest.raises(StoreDamaged, match="belongs to store"):
         async with serving():
             pass
+
+
+async def test_a_wiped_redis_is_rebuilt_from_records_and_the_run_goes_on_once_resumed(
+    federation, serving, redis, job, caplog
+):
+    async with serving() as app:
+        federation.address = app.address
+        operator = await federation.operator()
+        eu, us = [await federation.region(name) for name in ("eu", "us")]
+        done = await federation.submit(operator, job(1))
+        await asyncio.gather(eu.answer(), us.answer())
+        await asyncio.gather(eu.next("verdict"), us.next("verdict"))
+        run = await federation.submit(operator, job(3))
+        lost = []
+        for _ in range(2):
+            plan, _ = await asyncio.gather(eu.answer(), us.answer())
+            lost.append(eu.partial(plan).digest.partition(":")[2])
+            await asyncio.gather(eu.next("verdict"), us.next("verdict"))
+        plan = await eu.answer()  # what it sent is lost with the store; the region has it
+        sent = eu.partial(plan)
+        _, open_plan = await us.plan()
+        app._commits.describe("undescribed", b"")
+        (federation.directory / "commits" / "undescribed" / "run").unlink()
+        before = [(await operator.run(each)).rounds for each in (done, run)]
+        models = {each.version: each.model_hash for each in await operator.models(run)}
+        await federation.close()
+    redis.command("FLUSHALL")
+    with pytest.raises(StoreDamaged, match="--recover"):
+        async with serving():
+            pass
+    (federation.directory / "blobs" / "partials" / lost[0]).unlink()
+    for cut_off in (True, False):
+        with opened(redis) as store:
+            recover_until(federation, store, 4 if cut_off else 10**6)
+    assert "run undescribed: what was submitted is not on file" in caplog.text
+    assert "version 1 counts a sum of eu that is gone" in caplog.text
+    async with serving() as app:
+        federation.address = app.address
+        operator = await federation.operator()
+        assert app.leader.epoch > 1
+        summaries = {each.run: each for each in await operator.runs()}
+        assert (summaries[done].state, summaries[run].state) == ("finished", "paused")
+        assert "what came after version 2 is not known" in summaries[run].reason
+        assert {each.version: each.model_hash for each in await operator.models(run)} == models
+        after = [(await operator.run(each)).rounds for each in (done, run)]
+        assert [[what_counts(item) for item in rounds] for rounds in after] == [
+            [what_counts(item) for item in rounds] for rounds in before
+        ]
+        eu = await federation.region("eu", leader_epoch=1, pending=[(key_to_proto(plan.key), sent.digest)])
+        us = await federation.region("us", leader_epoch=1)
+        assert await operator.resume(run) == "running"
+        for region, expected in ((eu, plan), (us, open_plan)):
+            _, again = await region.plan()
+            assert again == expected  # the same attempt: what was sealed for it counts
+            await region.uplink(again, region.partial(again))
+        async with asyncio.timeout(10):
+            last = [snapshot async for snapshot in operator.follow(run)][-1]
+        assert (last.summary.state, last.summary.model_version) == ("finished", 3)
+        await federation.close()
+    with opened(redis) as store, pytest.raises(ConfigError, match="start without --recover"):
+        recover_until(federation, store, 10**6)
+
+
+def what_counts(item):
+    """A round without what only the lost store knew: how long it took."""
+    shares = [(share.region, share.weight, share.num_sites, share.num_updates) for share in item.regions]
+    return (item.round, item.attempts, item.model_hash, item.weight, dict(item.metrics), shares)
+
+
+@contextmanager
+def opened(redis):
+    from controller.store_redis import RedisStore
+
+    store = RedisStore(RedisOptions(url=redis.url), "fed")
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+def recover_until(federation, store, writes):
+    """Rebuild a store, cut off after so many writes."""
+    from controller.recovery import recover
+
+    write, left = store.write, iter(range(writes))
+
+    def writing(epoch, *rows):
+        if next(left, None) is None:
+            raise OSError("cut off")
+        write(epoch, *rows)
+
+    store.write = writing
+    with suppress(OSError):
+        recover(federation.directory, store, federation.kit("controller"))
 
 
 async def test_controllers_that_do_not_share_a_folder_are_refused(federation, serving, tmp_path):

@@ -117,10 +117,10 @@ class TwoControllers(InProcess):
 
 @asynccontextmanager
 async def controller(
-    federation: InProcess, redis: RedisServer, log, listen: str = "127.0.0.1:0"
+    federation: InProcess, redis: RedisServer, log, listen: str = "127.0.0.1:0", *more: str
 ) -> AsyncIterator[Process]:
     argv = ["-m", "hierfl", "controller", "serve", "--kit", federation.kit("controller"), "--listen", listen]
-    argv += ["--dir", federation.directory / "controller", "--store", redis.url]
+    argv += ["--dir", federation.directory / "controller", "--store", redis.url, *more]
     failpoints = {VARIABLE: str(federation.directory / "failpoints")}
     child = await asyncio.create_subprocess_exec(
         sys.executable, *map(str, argv), stdout=asyncio.subprocess.PIPE, stderr=log, env={**os.environ, **failpoints}
@@ -357,8 +357,31 @@ async def test_a_redis_whose_disk_is_full_ends_and_the_run_goes_on_once_there_is
         assert checked(await federation.outcome(run)) == undisturbed
 
 
-NOT_HERE = {"controller.transaction", "controller.volume", "controller.ended"}
-"""Of SQLite, of the first start, and of a run's end."""
+async def test_a_wiped_redis_is_rebuilt_and_what_regions_hold_counts(two, undisturbed):
+    gate = Gate()
+    async with two(noisy_app(on_train=gate.on_train)) as (federation, redis):
+        run = await federation.submit(the_job())
+        await gate.until_round_two()
+        redis.command("FLUSHALL")
+        ended = await asyncio.gather(federation.leader.child.wait(), federation.standby.child.wait())
+        assert ended == [1, 1]
+        gate.open()
+        listen = federation.leader.address
+        first = await federation.stack.enter_async_context(
+            controller(federation, redis, federation.log, listen, "--recover")
+        )
+        second = await federation.stack.enter_async_context(controller(federation, redis, federation.log))
+        federation.use(first, second)
+        async with federation.operator() as operator:
+            (found,) = await operator.runs()
+            assert (found.state, found.model_version) == ("paused", 1)
+            assert await operator.resume(run) == "running"
+        assert checked(await federation.outcome(run)) == undisturbed
+        assert epoch_of(redis) > 1
+
+
+NOT_HERE = {"controller.transaction", "controller.volume", "controller.describe", "controller.ended"}
+"""Of SQLite, of the first start, of a run's submission and of its end."""
 
 
 @pytest.mark.timeout(900)
