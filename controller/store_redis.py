@@ -11,6 +11,7 @@ controller takes a new epoch, which refuses whatever is still on its way, and re
 
 from __future__ import annotations
 
+import logging
 import threading
 import uuid
 from collections.abc import Callable
@@ -31,6 +32,8 @@ from hierfl.errors import ConfigError, NotTheLeader, StaleEpoch, StorageError, S
 from hierfl.types import AttemptKey, RunId, TaskKind
 
 __all__ = ["LEASE_S", "RedisStore"]
+
+logger = logging.getLogger(__name__)
 
 LEASE_S = 6.0
 """A leader that has not renewed for so long is replaced: as long as a region may be silent (``leader.SILENCE_S``)."""
@@ -82,6 +85,7 @@ class RedisStore:
             raise StoreTooNew(f"{self._where} has schema {version}, this release knows {SCHEMA_VERSION}: upgrade")
         if owner != federation:
             raise StoreDamaged(f"{self._where} belongs to federation {owner!r}, not {federation!r}: use another one")
+        self._warn_of_replicas()
 
     def _require_safe(self) -> None:
         """Raises ``ConfigError`` for settings with which an acknowledged write may be lost."""
@@ -90,6 +94,14 @@ class RedisStore:
             if found != wanted:
                 rule = f"must be {wanted}, or it may lose what it has acknowledged: `CONFIG SET {name} {wanted}`, and "
                 raise ConfigError(f"{self._where}: {name}", found, f"{rule}the line `{name} {wanted}` in redis.conf")
+
+    def _warn_of_replicas(self) -> None:
+        """A replica that is made the primary without the last writes would take the federation back, unseen."""
+        with suppress(redis.RedisError):  # a user who may not ask is not told
+            kind, _, replicas = self._db.role()
+            if kind == b"master" and replicas and self._db.config_get("min-replicas-to-write").popitem()[1] == "0":
+                words = "Redis at %s has replicas and no `min-replicas-to-write 1`: one may be made primary that lags"
+                logger.warning(words, self._where)
 
     # -------------------------------------------------------------- the lead
 

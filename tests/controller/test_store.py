@@ -450,6 +450,20 @@ class TestRedisStore(StoreRules):
         with pytest.raises(StoreUnreachable, match="is a replica"):
             store.write(epoch, run_row())
 
+    def test_replicas_that_may_lag_are_warned_of(self, make_redis, caplog):
+        from controller.store_redis import RedisStore
+
+        port = free_port()
+        primary = make_redis(f"--port {port}")
+        make_redis(f"--replicaof 127.0.0.1 {port}")
+        until(lambda: wait_for(primary.command("INFO", "replication"), "state=online"), AssertionError)
+        RedisStore(RedisOptions(url=primary.url), "fed").close()
+        assert "has replicas and no `min-replicas-to-write 1`" in caplog.text
+        caplog.clear()
+        primary.command("CONFIG", "SET", "min-replicas-to-write", "1")
+        RedisStore(RedisOptions(url=primary.url), "fed").close()
+        assert caplog.text == ""
+
     def test_user_and_password_come_from_url_and_file_and_a_wrong_one_is_said(self, open_store, redis, tmp_path):
         from controller.store_redis import RedisStore
 
@@ -513,14 +527,19 @@ class TestRedisStore(StoreRules):
         assert led == [1]
 
 
+def wait_for(text, words):
+    assert words in text
+
+
 def until(call, refusal):
     """The first answer that is no ``refusal``, within 5 s."""
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 20
     while True:
         try:
             return call()
         except refusal:
-            assert time.monotonic() < deadline
+            if time.monotonic() > deadline:
+                raise
             time.sleep(0.02)  # a lease ends by Redis's clock, which nobody here can turn
 
 

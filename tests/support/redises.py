@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from federations import require
 
-SETTINGS = ("--appendonly yes", "--appendfsync always", "--save ''", "--maxmemory-policy noeviction")
+SETTINGS = ("--port 0", "--appendonly yes", "--appendfsync always", "--save ''", "--maxmemory-policy noeviction")
 
 
 class RedisServer:
@@ -31,7 +31,7 @@ class RedisServer:
 
     def start(self) -> None:
         """Start, and wait until it answers."""
-        command = ["redis-server", "--port", "0", "--unixsocket", str(self.socket), "--dir", str(self.data)]
+        command = ["redis-server", "--unixsocket", str(self.socket), "--dir", str(self.data)]
         log = ["--logfile", str(self.folder / "redis.log")]
         self.process = subprocess.Popen([*command, *log, *(part.strip("'") for part in self._settings)])
         self.wait_until_ready()
