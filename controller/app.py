@@ -23,7 +23,7 @@ from controller.redis_options import RedisOptions
 from controller.service import make_server, make_standby_server
 from controller.store import SqliteStore, Store
 from controller.tenure import Tenure
-from controller.volume import require_shared
+from controller.volume import MARKER, require_shared
 from hierfl import kernels, observe
 from hierfl.errors import ConfigError, ExtraMissing, HierFLError, NotTheLeader, StaleEpoch, StoreUnreachable
 from hierfl.pki import Kit, RoleName
@@ -149,6 +149,7 @@ class ControllerApp:
         if self._server is None:
             self._bind(server)  # before a run is taken up: a taken port ends it here
         leader.start()
+        tenure.renew(tenure.epoch)  # taking up many runs may have taken much of the first lease
         await self._serve(server)
         self.leads = True
         if self._store.lease_s is not None:
@@ -170,7 +171,8 @@ class ControllerApp:
 
     async def _step_down(self, why: NotTheLeader) -> None:
         self._why, self._tenure = why, None
-        await self.leader.stop()
+        if self._leader is not None:
+            await self._leader.stop()
         await self._serve(make_standby_server(self._kit, lambda: self._why))
         self.leads = False
 
@@ -225,6 +227,8 @@ def _told(error: HierFLError) -> NotTheLeader:
 
 
 def _open_sqlite(directory: Path, federation: str) -> Store:
+    if (directory / MARKER).exists():
+        raise ConfigError("--dir", str(directory), "belongs to a store in Redis: name that one with --store")
     return SqliteStore(directory / "controller.sqlite", federation)
 
 

@@ -58,13 +58,15 @@ class Tenure:
         held_until = clock() + lease_s
         while self.ended is None:
             await asyncio.sleep(lease_s / RENEWALS)
+            began = clock()
             while (error := await self._renew()) is not None:
                 if clock() >= held_until or not isinstance(error, StoreUnreachable):
                     self._end(error)
                     return
                 logger.warning("the lease is not renewed: %s", error)
                 await asyncio.sleep(RETRY_S)
-            held_until = clock() + lease_s
+                began = clock()
+            held_until = began + lease_s
 
     async def _renew(self) -> HierFLError | None:
         """One try; None where it worked. A thread waits for it: a store that is frozen stops nothing else here."""

@@ -62,6 +62,6 @@ async def test_a_region_leaves_a_controller_that_was_replaced_before_it_listens_
         controller.on_attach.append(pb.AttachResponse(offer=controller.offer_of(plan)))
         standby.end_sessions()
         await standby.attached(2)
-        assert combiner.region.store.leader_epoch == 2
+        assert standby.attachments[-1].leader_epoch == 2
         assert combiner.region.region.attempts == {}
     assert "leader epoch 1 spoke after one of 2" in caplog.text

@@ -268,6 +268,9 @@ async def test_controllers_that_do_not_share_a_folder_are_refused(federation, se
         with pytest.raises(ConfigError, match="not the folder that this store's controllers share"):
             async with serving(tmp_path / "other"):
                 pass
+    with pytest.raises(ConfigError, match="belongs to a store in Redis"):
+        async with ControllerApp(federation.kit("controller"), federation.directory):
+            pass
     (tmp_path / "lone").mkdir()
     (tmp_path / "lone" / "controller.sqlite").touch()
     with pytest.raises(ConfigError, match=r"controller\.sqlite"):
