@@ -44,8 +44,8 @@ class ControllerApp:
 
     Args:
         kit: The controller's.
-        directory: Of ``controller.sqlite``, ``blobs/``, ``commits/``, ``traces/``; made if it is not there. Controllers
-            that share a store share it.
+        directory: Of ``controller.sqlite``, ``blobs/``, ``commits/``, ``runs/``, ``traces/``; made if it is not there.
+            Controllers that share a store share it.
         listen: ``host:port``, port 0 for any free one.
         open_store: Opens the store for a directory and a federation.
         advertise: The address that others are told, where it is another than the one listened on.

@@ -23,10 +23,6 @@ from hierfl.types import RunId
 __all__ = ["Commits", "SignedRecord"]
 
 
-DESCRIPTION = "run"
-"""Beside a run's records, whose names are numbers: the run as it was submitted."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class SignedRecord:
     """A commit record as it was signed, with its signature and signer."""
@@ -47,29 +43,30 @@ class Commits:
 
     def __init__(self, directory: Path, check: Callable[[SignedRecord], None]) -> None:
         self._directory, self._check = directory, check
+        self._runs = directory.with_name("runs")
+        """What each run was submitted as, by its id."""
         durable_directory(directory)
 
     def describe(self, run: RunId, document: bytes) -> None:
-        """Keep what a run was submitted as beside its records, durably: with these it outlives its store."""
-        folder = self._directory / run
-        durable_directory(folder)
-        temporary = folder / f".part-{uuid.uuid4().hex}"
-        with storage_errors(folder):
+        """Keep what a run was submitted as, durably: with its records that outlives the store."""
+        durable_directory(self._runs)
+        temporary = self._runs / f".part-{uuid.uuid4().hex}"
+        with storage_errors(self._runs):
             try:
                 _write(temporary, document)
-                reach("controller.describe")
-                temporary.replace(folder / DESCRIPTION)
-                sync_directory(folder)
+                reach("store.run")
+                temporary.replace(self._runs / run)
+                sync_directory(self._runs)
             finally:
                 temporary.unlink(missing_ok=True)
 
     def described(self) -> Iterator[tuple[RunId, bytes | None]]:
-        """Every run that has a folder here, with what it was submitted as: None where that was not kept."""
-        for folder in sorted(self._directory.iterdir()):
-            if folder.is_dir():
-                path = folder / DESCRIPTION
-                with storage_errors(path):
-                    yield RunId(folder.name), path.read_bytes() if path.is_file() else None
+        """Every run that was submitted or has records, with what it was submitted as: None where that was not kept."""
+        with storage_errors(self._directory):
+            with_records = {path.name for path in self._directory.iterdir() if path.is_dir()}
+            kept = {path.name: path for path in self._runs.glob("[!.]*")}
+            for run in sorted(with_records | kept.keys()):
+                yield RunId(run), kept[run].read_bytes() if run in kept else None
 
     def create(self, run: RunId, version: int, record: SignedRecord) -> SignedRecord:
         """Create the record of a version, durably; returns the one that is there, ours or an earlier one.

@@ -108,7 +108,7 @@ def _write(directory: Path, marker: Marker) -> Marker:
                 file.write(documents.encode(marker))
                 file.flush()
                 os.fsync(file.fileno())
-            reach("controller.volume")
+            reach("store.volume")
             with suppress(FileExistsError):
                 (directory / MARKER).hardlink_to(temporary)
             sync_directory(directory)

@@ -187,8 +187,7 @@ async def test_a_wiped_redis_is_rebuilt_from_records_and_the_run_goes_on_once_re
         plan = await eu.answer()  # what it sent is lost with the store; the region has it
         sent = eu.partial(plan)
         _, open_plan = await us.plan()
-        app._commits.describe("undescribed", b"")
-        (federation.directory / "commits" / "undescribed" / "run").unlink()
+        (federation.directory / "commits" / "undescribed").mkdir()
         before = [(await operator.run(each)).rounds for each in (done, run)]
         models = {each.version: each.model_hash for each in await operator.models(run)}
         await federation.close()

@@ -380,7 +380,7 @@ async def test_a_wiped_redis_is_rebuilt_and_what_regions_hold_counts(two, undist
         assert epoch_of(redis) > 1
 
 
-NOT_HERE = {"controller.transaction", "controller.volume", "controller.describe", "controller.ended"}
+NOT_HERE = {"controller.transaction", "store.volume", "store.run", "controller.ended"}
 """Of SQLite, of the first start, of a run's submission and of its end."""
 
 
