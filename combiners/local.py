@@ -90,14 +90,15 @@ class LocalCombiner:
         self,
         kit: Kit,
         directory: Path,
-        controller_address: str,
+        controllers: str | tuple[str, ...],
         *,
         intakes: int = 1,
         listen: str = "127.0.0.1:0",
         region: RegionSettings | None = None,
         intake: IntakeSettings | None = None,
     ) -> None:
-        self._kit, self._directory, self._controller = kit, directory, controller_address
+        self._kit, self._directory = kit, directory
+        self._controllers = (controllers,) if isinstance(controllers, str) else controllers
         self._num_intakes, self._listen = intakes, listen
         self._region_settings = region or RegionSettings()
         self._intake_settings = intake or IntakeSettings()
@@ -112,7 +113,7 @@ class LocalCombiner:
         return tuple(intake.address for intake in self.intakes)
 
     async def __aenter__(self) -> LocalCombiner:
-        self.region = RegionHost(self._kit, self._directory, (self._controller,), self._region_settings)
+        self.region = RegionHost(self._kit, self._directory, self._controllers, self._region_settings)
         self.region.start()
         try:
             for _ in range(self._num_intakes):

@@ -52,6 +52,8 @@ class Session:
     def __init__(self, host: RegionHost) -> None:
         self._host = host
         self._destination = Identity(federation=host.kit.identity.federation, role=RoleName.CONTROLLER).uri
+        self._greeted_by = 0
+        """Highest leader epoch that greeted this start of the region; those of offers and verdicts are durable."""
         self.is_informed = False
         """Whether the controller has said, since this start, which attempts are open."""
         self._settling: dict[asyncio.Task[None], RunId] = {}
@@ -72,15 +74,28 @@ class Session:
             region_epoch=host.store.region_epoch,
             store_id=host.store.store_id,
             capacity=host.settings.capacity,
-            leader_epoch=await host.on_disk(lambda: host.store.leader_epoch),
+            leader_epoch=await self._known_epoch(),
             pending=[pb.PendingPartial(key=key_to_proto(one.key), digest=one.digest) for one in pending],
         )
+
+    async def _known_epoch(self) -> int:
+        """Highest leader epoch seen: whoever has a lower one has been replaced."""
+        store = self._host.store
+        return max(self._greeted_by, await self._host.on_disk(lambda: store.leader_epoch))
 
     def report_request(self) -> pb.ReportRequest:
         return self._host.reception.report_request()
 
-    async def attached(self) -> None:
-        """What is open is said right after this: from then on, what was not said is closed."""
+    async def attached(self, leader_epoch: int) -> None:
+        """What is open is said right after this: from then on, what was not said is closed.
+
+        Raises:
+            StaleEpoch: A later leader is known: this one has been replaced, and learns nothing from us.
+        """
+        known = await self._known_epoch()
+        if leader_epoch < known:
+            raise StaleEpoch(f"a controller of leader epoch {leader_epoch} spoke after one of {known}; it must stop")
+        self._greeted_by = leader_epoch
         self._away_since_s = None
         asyncio.get_running_loop().call_later(INFORMED_S, self._inform)
 
@@ -97,7 +112,7 @@ class Session:
     async def offered(self, offer: pb.Offer) -> None:
         """Take a plan whose signature holds; refuse, in words of the table, one that cannot be obeyed."""
         host = self._host
-        known_epoch = await host.on_disk(lambda: host.store.leader_epoch)
+        known_epoch = await self._known_epoch()
         try:
             with observe.remote_parent(offer.traceparent), observe.span(observe.SPAN_PLAN, region=host.name) as span:
                 plan = accept_offer(offer, host.kit.identity, host.kit.trust, known_epoch, datetime.now(UTC))

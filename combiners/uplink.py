@@ -22,6 +22,7 @@ from hierfl.border import LEDGER_HEAD_METADATA, Control
 from hierfl.errors import (
     HierFLError,
     Interrupted,
+    NotTheLeader,
     RegionUnreachable,
     StorageError,
     TransferIncomplete,
@@ -44,6 +45,10 @@ __all__ = ["Uplink", "UplinkEvents"]
 logger = logging.getLogger(__name__)
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 5.0
+STANDBY_PAUSE_S = 1.0
+"""Longest pause where a controller says that it stands by: one of them leads, or will within seconds."""
+HELLO_S = 5.0
+"""Longest wait for a controller's first answer: one that is frozen takes connections, and says nothing."""
 REMIND_S = 60.0
 COALESCE_S = 0.1
 """Progress is reported at most so often."""
@@ -58,7 +63,7 @@ class UplinkEvents(Protocol):
 
     def attach_request(self) -> Awaitable[pb.AttachRequest]: ...
     def report_request(self) -> pb.ReportRequest: ...
-    async def attached(self) -> None: ...
+    async def attached(self, leader_epoch: int) -> None: ...
     async def offered(self, offer: pb.Offer) -> None: ...
     async def judged(self, verdict: pb.Verdict) -> None: ...
     async def withdrawn(self, withdrawal: pb.Withdrawal) -> None: ...
@@ -82,10 +87,11 @@ class Uplink:
 
     async def run(self) -> None:
         """Attach, and again whenever the session ends; never returns."""
-        tries, said, said_at_s = 0, "", 0.0
+        tries, at, said_at_s = 0, 0, 0.0
+        said: dict[str, str] = {}
         while True:
-            address = self._addresses[tries % len(self._addresses)]
-            began_s = time.monotonic()
+            address = self._addresses[at]
+            began_s, longest_s = time.monotonic(), LONGEST_PAUSE_S
             try:
                 await self._session(address)
                 reason = f"{WHO} at {address} ended the session"
@@ -93,20 +99,24 @@ class Uplink:
                 raise
             except HierFLError as error:
                 reason = str(error)
+                longest_s = STANDBY_PAUSE_S if isinstance(error, NotTheLeader) else LONGEST_PAUSE_S
             finally:
+                was_up = self._up.is_set()
                 self._up.clear()
                 await self._events.detached(self._take_counts(time.monotonic() - began_s))
-            tries = 0 if time.monotonic() - began_s > LONGEST_PAUSE_S else tries + 1
-            if reason != said or time.monotonic() - said_at_s > REMIND_S:
+            tries = 0 if was_up and time.monotonic() - began_s > LONGEST_PAUSE_S else tries + 1
+            at = (at + 1) % len(self._addresses)
+            if reason != said.get(address) or time.monotonic() - said_at_s > REMIND_S:
                 logger.warning("%s; trying again, every %g s at least", reason, LONGEST_PAUSE_S)
-                said, said_at_s = reason, time.monotonic()
-            await asyncio.sleep(pause_s(tries))
+                said[address], said_at_s = reason, time.monotonic()
+            rounds = tries // len(self._addresses)  # through all of them
+            await asyncio.sleep(min(pause_s(rounds), longest_s))
 
     async def _session(self, address: str) -> None:
         channel = tls.open_channel(self._kit, address, self._server)
         try:
             stub = rpc.stub(channel, "ControllerService")
-            await rpc.hello(stub, WHO, address)
+            await _hello(stub, address)
             async with asyncio.TaskGroup() as group:
                 reports = group.create_task(self._report(stub))
                 await self._listen(stub)
@@ -131,12 +141,12 @@ class Uplink:
     async def _take(self, stub: rpc.Stub, response: pb.AttachResponse) -> None:
         match response.WhichOneof("event"):
             case "attached":
+                await self._events.attached(response.attached.leader_epoch)
                 self._report_every_s = response.attached.report_every_s or self._report_every_s
                 self._stub = stub
                 if not self._up.is_set():
                     logger.info("attached to %s at %s", WHO, stub.address)
                 self._up.set()
-                await self._events.attached()
             case "offer":
                 await self._events.offered(response.offer)
             case "verdict":
@@ -228,6 +238,14 @@ class Uplink:
         control = Control(counts=dict(sorted(self._sent.items())), bytes_out=self._bytes_out, seconds=round(seconds, 3))
         self._sent, self._bytes_out = Counter(), 0
         return control
+
+
+async def _hello(stub: rpc.Stub, address: str) -> None:
+    try:
+        async with asyncio.timeout(HELLO_S):
+            await rpc.hello(stub, WHO, address)
+    except TimeoutError:
+        raise Unreachable(f"{WHO} at {address} gave no answer in {HELLO_S:g} s") from None
 
 
 async def _answer(call: Callable[[rpc.Stub], Awaitable[Any]], stub: rpc.Stub) -> Any:

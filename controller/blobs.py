@@ -29,17 +29,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hierfl import documents
 from hierfl.aggregation import ColumnGroup
 from hierfl.errors import DiskFull, NotFound, StorageError, StoreDamaged, ValueOutOfRange, WireError
 from hierfl.failpoints import reach
 from hierfl.layout import Layout, model_hash
 from hierfl.packing import PackedSums
+from hierfl.records import PartialHead
 from hierfl.steadyfile import SteadyFile
 from hierfl.types import Float32Array, ModelHash
 from hierfl.wire import digest as digests
 from hierfl.wire.framefile import read_frames, write_frames
 from hierfl.wire.packed import expect_partial, packed_sums
-from hierfl.wire.transfer import Outgoing
+from hierfl.wire.transfer import Incoming, Outgoing
 
 __all__ = ["ArrivingPartial", "Blobs", "durable_directory", "state_bytes", "storage_errors", "sync_directory"]
 
@@ -196,11 +198,23 @@ class Blobs:
         Raises:
             StoreDamaged: The file is not there, has another digest, or is of other groups.
         """
+        with self._partial(digest, groups) as incoming:
+            return packed_sums(incoming, groups)
+
+    def partial_head(self, digest: str, groups: tuple[ColumnGroup, ...]) -> tuple[PartialHead, int]:
+        """What a stored partial says of itself, and the bytes of its transfer. Raises as ``partial``."""
+        with self._partial(digest, groups) as incoming:
+            head = documents.decode(incoming.meta, PartialHead, "partial head")
+            return head, sum(map(len, incoming.frames))
+
+    @contextmanager
+    def _partial(self, digest: str, groups: tuple[ColumnGroup, ...]) -> Iterator[Incoming]:
+        """A stored partial's transfer; what is wrong with it is ``StoreDamaged``."""
         name = digest.partition(":")[2]
         try:
             with storage_errors(self._directory), _found("partials", name, self._directory):
                 incoming = read_frames(self._path("partials", name), expect_partial(groups, None, digest))
-            return packed_sums(incoming, groups)
+            yield incoming
         except (WireError, ValueOutOfRange) as error:
             raise StoreDamaged(
                 f"partials/{name} in {self._directory} is damaged ({error}); restore it from a backup"

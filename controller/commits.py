@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +43,30 @@ class Commits:
 
     def __init__(self, directory: Path, check: Callable[[SignedRecord], None]) -> None:
         self._directory, self._check = directory, check
+        self._runs = directory.with_name("runs")
+        """What each run was submitted as, by its id."""
         durable_directory(directory)
+
+    def describe(self, run: RunId, document: bytes) -> None:
+        """Keep what a run was submitted as, durably: with its records that outlives the store."""
+        durable_directory(self._runs)
+        temporary = self._runs / f".part-{uuid.uuid4().hex}"
+        with storage_errors(self._runs):
+            try:
+                _write(temporary, document)
+                reach("store.run")
+                temporary.replace(self._runs / run)
+                sync_directory(self._runs)
+            finally:
+                temporary.unlink(missing_ok=True)
+
+    def described(self) -> Iterator[tuple[RunId, bytes | None]]:
+        """Every run that was submitted or has records, with what it was submitted as: None where that was not kept."""
+        with storage_errors(self._directory):
+            with_records = {path.name for path in self._directory.iterdir() if path.is_dir()}
+            kept = {path.name: path for path in self._runs.glob("[!.]*")}
+            for run in sorted(with_records | kept.keys()):
+                yield RunId(run), kept[run].read_bytes() if run in kept else None
 
     def create(self, run: RunId, version: int, record: SignedRecord) -> SignedRecord:
         """Create the record of a version, durably; returns the one that is there, ours or an earlier one.
@@ -56,10 +79,7 @@ class Commits:
         temporary = folder / f".part-{uuid.uuid4().hex}"
         with storage_errors(folder):
             try:
-                with temporary.open("xb") as file:
-                    file.write(documents.encode(record))
-                    file.flush()
-                    os.fsync(file.fileno())
+                _write(temporary, documents.encode(record))
                 reach("controller.link")
                 with suppress(FileExistsError):  # an earlier record stands; a rename would have replaced it
                     (folder / str(version)).hardlink_to(temporary)
@@ -99,3 +119,11 @@ class Commits:
     def _last(self, folder: Path) -> SignedRecord | None:
         versions = [int(path.name) for path in folder.iterdir() if path.name.isdigit()]
         return self.find(RunId(folder.name), max(versions)) if versions else None
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write a new file, durably but for its name."""
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())

@@ -262,6 +262,7 @@ class Leader:
             request_id=request_id,
             now_unix_ns=time.time_ns(),
         )
+        self.commits.describe(row.run, documents.encode(row))
         reach("controller.write")
         self.store.write(self.epoch, row, committing.first_model(row))
         loop = self.runs[row.run] = RunLoop(self, row)

@@ -22,7 +22,15 @@ from controller.merge import NextModel, merge_partials, next_model
 from controller.rows import AnswerRow, AttemptRow, RoundRow, Row, RunRow
 from hierfl import observe
 from hierfl.aggregation import PartialAggregate
-from hierfl.errors import HierFLError, InvalidTransition, RoundClosed, StaleEpoch, StorageError, StoreDamaged
+from hierfl.errors import (
+    HierFLError,
+    InvalidTransition,
+    NotTheLeader,
+    RoundClosed,
+    StorageError,
+    StoreDamaged,
+    StoreUnreachable,
+)
 from hierfl.failpoints import reach
 from hierfl.receipts import Reason
 from hierfl.rounds import (
@@ -169,7 +177,7 @@ class RunLoop:
             self.bell.hush()
             try:
                 wake_at = await self._step()
-            except (StaleEpoch, InvalidTransition):
+            except (NotTheLeader, InvalidTransition, StoreUnreachable):  # whoever leads next takes it up as it is
                 raise
             except StorageError as error:
                 if self.row.state is not RunState.RUNNING:

@@ -6,8 +6,8 @@ Who calls is in the certificate (``hierfl/wire/access.py``), never in a message;
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
-from typing import TypeAlias
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from typing import NoReturn, TypeAlias
 
 import grpc
 import numpy as np
@@ -21,9 +21,10 @@ from controller.receiving import receive_partial, take_abstention
 from controller.registry import Progress, Traffic
 from hierfl import documents, observe
 from hierfl.border import LEDGER_HEAD_METADATA, head_statement
-from hierfl.errors import StaleEpoch, ValueOutOfRange, WireError
+from hierfl.errors import NotTheLeader, StaleEpoch, ValueOutOfRange, WireError
 from hierfl.job import Job
 from hierfl.layout import Layout
+from hierfl.pki import Kit
 from hierfl.rounds import Presence
 from hierfl.runs import RunState
 from hierfl.types import AttemptKey, Float32Array, ModelHash, RegionId
@@ -36,7 +37,7 @@ from hierfl.wire.models import layout_of
 from hierfl.wire.resume import Unfinished
 from hierfl.wire.transfer import Expect, Incoming
 
-__all__ = ["make_server"]
+__all__ = ["make_server", "make_standby_server"]
 
 Context: TypeAlias = grpc.aio.ServicerContext
 
@@ -57,6 +58,29 @@ def make_server(leader: Leader) -> grpc.aio.Server:
     rpc.add_service(server, "OperatorService", OperatorService(leader, models))
     health_pb2_grpc.add_HealthServicer_to_server(health.aio.HealthServicer(), server)
     return server
+
+
+def make_standby_server(kit: Kit, why: Callable[[], NotTheLeader]) -> grpc.aio.Server:
+    """A server of the same services whose every call is answered with ``why``, not listening yet."""
+    server = grpc.aio.server(interceptors=[AccessInterceptor(kit.trust, kit.identity)], options=tls.server_options())
+    for name in ("ControllerService", "OperatorService"):
+        rpc.add_service(server, name, StandsBy(why))
+    health_pb2_grpc.add_HealthServicer_to_server(health.aio.HealthServicer(), server)
+    return server
+
+
+class StandsBy:
+    """Any service, at a controller that does not lead."""
+
+    def __init__(self, why: Callable[[], NotTheLeader]) -> None:
+        self._why = why
+
+    def __getattr__(self, name: str) -> Callable[[object, Context], Awaitable[NoReturn]]:
+        async def refuse(request: object, context: Context) -> NoReturn:
+            del request, context
+            raise self._why()
+
+        return refuse
 
 
 class ControllerService:

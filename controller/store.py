@@ -1,4 +1,4 @@
-"""The controller's rows, atomic and resumable: a protocol, and SQLite for it.
+"""The controller's rows, atomic and resumable: a protocol, and SQLite for it (Redis: ``store_redis.py``).
 
 Every change of state is one ``write``: all its rows or none, and only under the leader epoch that the store
 holds, compared inside the write: who has been replaced gets ``StaleEpoch`` and changes nothing.
@@ -20,7 +20,7 @@ from hierfl.errors import DiskFull, StaleEpoch, StorageError, StoreDamaged, Stor
 from hierfl.failpoints import reach
 from hierfl.types import AttemptKey, RunId, TaskKind
 
-__all__ = ["SCHEMA_VERSION", "SqliteStore", "Store"]
+__all__ = ["SCHEMA_VERSION", "TABLES", "WRITTEN_ONCE", "SqliteStore", "Store", "key_of", "key_path"]
 
 SCHEMA_VERSION = 1
 """Raised with each change that an earlier release would misread."""
@@ -33,11 +33,28 @@ class Store(Protocol):
     """What the controller remembers. One controller leads; all of it is read back at a start."""
 
     @property
+    def lease_s(self) -> float | None:
+        """Seconds for which a lead holds unless it is renewed; None where it holds until ``close``."""
+
+    @property
     def store_id(self) -> str:
         """Identity of this store, made with it: another one is another memory."""
 
-    def lead(self, at_least: int = 0) -> int:
-        """Become the leader: returns a leader epoch above every earlier one, and above ``at_least``."""
+    def lead(self, at_least: int = 0, *, name: str = "", under: int | None = None) -> int:
+        """Become the leader: returns a leader epoch above every earlier one, and above ``at_least``.
+
+        Args:
+            at_least: An epoch that somebody has seen.
+            name: What other controllers are told of this one.
+            under: The epoch that the caller leads under already, where it only wants a higher one.
+
+        Raises:
+            NotTheLeader: Another controller leads.
+            StaleEpoch: Another controller has led since ``under``.
+        """
+
+    def renew(self, epoch: int) -> None:
+        """Go on leading for another ``lease_s``. Raises ``StaleEpoch`` where another controller leads."""
 
     def write(self, epoch: int, *rows: Row) -> None:
         """Store all rows or none.
@@ -46,6 +63,7 @@ class Store(Protocol):
             StaleEpoch: Another controller leads.
             StoreDamaged: A row that is written once is there already, with other contents.
             DiskFull: No space left; nothing was written.
+            StoreUnreachable: No answer: whether it was written is known under the next epoch only.
         """
 
     def runs(self) -> list[RunRow]:
@@ -70,11 +88,13 @@ class Store(Protocol):
         """Every region that ever attached."""
 
     def close(self) -> None:
-        """Let go of the store."""
+        """Let go of the store, and of the lead."""
 
 
 class SqliteStore:
     """One file, locked by its one user; WAL, and fsynced at each commit."""
+
+    lease_s = None
 
     def __init__(self, path: Path, federation: str) -> None:
         """Open or create the store of ``federation``.
@@ -117,22 +137,32 @@ class SqliteStore:
         self._db.executemany("INSERT INTO meta VALUES (?, ?)", list(meta.items()))
         self._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
-    def lead(self, at_least: int = 0) -> int:
+    def lead(self, at_least: int = 0, *, name: str = "", under: int | None = None) -> int:
+        del name  # there is no other controller
         with self._transaction():
+            if under is not None:
+                self._require(under)
             epoch = max(int(self._meta("leader_epoch")), at_least) + 1
             self._db.execute("UPDATE meta SET value = ? WHERE name = 'leader_epoch'", (str(epoch),))
         return epoch
 
+    def renew(self, epoch: int) -> None:
+        with self._errors():
+            self._require(epoch)
+
     def write(self, epoch: int, *rows: Row) -> None:
         with self._transaction():
-            leader = int(self._meta("leader_epoch"))
-            if leader != epoch:
-                raise StaleEpoch(f"this controller leads under epoch {epoch}, the store is under {leader}: stop it")
+            self._require(epoch)
             for row in rows:
                 self._put(row)
 
+    def _require(self, epoch: int) -> None:
+        leader = int(self._meta("leader_epoch"))
+        if leader != epoch:
+            raise StaleEpoch(f"this controller leads under epoch {epoch}, the store is under {leader}: stop it")
+
     def _put(self, row: Row) -> None:
-        table, key, document = TABLES[type(row)], _key(row), documents.encode(row)
+        table, key, document = TABLES[type(row)], key_of(row), documents.encode(row)
         if isinstance(row, WRITTEN_ONCE):
             found = self._db.execute(f"SELECT document FROM {table} WHERE key = ?", (key,)).fetchone()  # noqa: S608  a constant
             if found is not None and found[0] != document:
@@ -143,19 +173,19 @@ class SqliteStore:
         return sorted(self._rows(RunRow), key=lambda row: (row.submitted_unix_ns, row.run))
 
     def attempts(self, run: RunId, task: TaskKind, round_number: int) -> list[AttemptRow]:
-        return self._rows(AttemptRow, _path(run, task, round_number, ""))
+        return self._rows(AttemptRow, key_path(run, task, round_number, ""))
 
     def answers(self, key: AttemptKey) -> list[AnswerRow]:
-        return self._rows(AnswerRow, _path(key.run, key.task, key.round, key.attempt, ""))
+        return self._rows(AnswerRow, key_path(key.run, key.task, key.round, key.attempt, ""))
 
     def rounds(self, run: RunId) -> list[RoundRow]:
-        return sorted(self._rows(RoundRow, _path(run, "")), key=lambda row: row.round)
+        return sorted(self._rows(RoundRow, key_path(run, "")), key=lambda row: row.round)
 
     def models(self, run: RunId) -> list[ModelRow]:
-        return self._rows(ModelRow, _path(run, ""))
+        return self._rows(ModelRow, key_path(run, ""))
 
     def model(self, run: RunId, version: int) -> ModelRow | None:
-        return next(iter(self._rows(ModelRow, _path(run, version))), None)
+        return next(iter(self._rows(ModelRow, key_path(run, version))), None)
 
     def regions(self) -> list[RegionRow]:
         return self._rows(RegionRow)
@@ -222,23 +252,23 @@ TABLES: dict[type, str] = {
 }
 
 
-def _key(row: Row) -> str:
+def key_of(row: Row) -> str:
     """Key of a row: its identity, so ordered that rows of one run, round or attempt stand together."""
     match row:
         case RunRow():
             return row.run
         case AttemptRow():
-            return _path(row.run, row.task, row.round, row.attempt)
+            return key_path(row.run, row.task, row.round, row.attempt)
         case AnswerRow():
-            return _path(row.run, row.task, row.round, row.attempt, row.region)
+            return key_path(row.run, row.task, row.round, row.attempt, row.region)
         case ModelRow():
-            return _path(row.run, row.version)
+            return key_path(row.run, row.version)
         case RoundRow():
-            return _path(row.run, row.task, row.round)
+            return key_path(row.run, row.task, row.round)
         case RegionRow():
             return row.region
 
 
-def _path(*parts: str | int) -> str:
+def key_path(*parts: str | int) -> str:
     """Parts joined by ``/``, numbers padded so that their order as text is their order."""
     return "/".join(f"{part:010d}" if isinstance(part, int) else part for part in parts)

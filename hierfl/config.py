@@ -20,11 +20,13 @@ from hierfl.toml import Reading, build, open_toml
 from hierfl.types import NAME_PATTERN, RegionId, SiteId
 
 __all__ = [
+    "ANY_PORT",
     "Address",
     "ControllerConfig",
     "FederationConfig",
     "RegionConfig",
     "SiteConfig",
+    "check_store_url",
     "load_federation",
     "load_job",
 ]
@@ -54,6 +56,21 @@ class Address(NamedTuple):
         return f"{self.host}:{self.port}"
 
 
+def check_store_url(key: str, url: str) -> None:
+    """Raises ``ConfigError`` unless ``url`` is one of a Redis, without a password: that stands in a file of its own."""
+    from urllib.parse import urlsplit
+
+    parts = urlsplit(url)
+    is_there = parts.path if parts.scheme == "unix" else parts.hostname
+    if parts.scheme not in ("redis", "rediss", "unix") or not is_there:
+        raise ConfigError(key, url, "must be redis://[USER@]HOST:PORT[/DB], rediss:// for TLS, or unix://[USER@]/PATH")
+    if parts.password is not None:
+        hidden = url.replace(f":{parts.password}@", ":...@")
+        raise ConfigError(key, hidden, "must hold no password: HIERFL_STORE_PASSWORD_FILE names a file with it")
+    if parts.query or parts.fragment:
+        raise ConfigError(key, url, "must end with the address: settings of the connection are hierfl's own")
+
+
 class _Rules:
     """Collects the broken rules of one dataclass, to raise them together."""
 
@@ -77,6 +94,12 @@ class _Rules:
             self._broken.append(ConfigError(key, value, str(error)))
         else:
             self.require(key, value, last <= MAX_PORT, f"must leave room for {ports} ports, one for each intake")
+
+    def require_store(self, key: str, url: str) -> None:
+        try:
+            check_store_url(key, url)
+        except ConfigError as error:
+            self._broken.append(error)
 
     def finish(self) -> None:
         if self._broken:
@@ -158,10 +181,18 @@ class ControllerConfig:
     """``[controller]``."""
 
     listen: str = ANY_PORT
+    store: str = ""
+    """URL of a Redis for its rows; a SQLite file in its folder where empty. A password is in the environment."""
+    standbys: int = 0
+    """Further controllers, on any free ports: with a Redis only. One leads, the next takes over."""
 
     def __post_init__(self) -> None:
         rules = _Rules()
         rules.require_address("listen", self.listen)
+        if self.store:
+            rules.require_store("store", self.store)
+        rules.require("standbys", self.standbys, 0 <= self.standbys <= 8, "must be from 0 to 8")
+        rules.require("standbys", self.standbys, not self.standbys or bool(self.store), "needs a `store` they share")
         rules.finish()
 
 

@@ -23,6 +23,7 @@
             TransferIncomplete    ended before its last chunk
         Unreachable               nobody answers there: wait, or check address and network
             ComeBack              as many are there as can be: come back after the time given
+            NotTheLeader          that controller stands by, or waits for its store: ask the next
         RegionError               confined to one region; the round goes on without it
             RegionUnreachable     retry until the round's deadline
             RegionRejected        do not retry
@@ -33,6 +34,7 @@
             StoreLocked           another process has it
             StoreTooNew           written by a later release
             StoreDamaged          its contents contradict themselves
+            StoreUnreachable      it does not answer, or takes no writes: wait
         PortInUse                 another program listens there
         RunFailed                 a run ended without its model
         AuditMismatch             what is stored contradicts what was signed or counted
@@ -64,6 +66,7 @@ __all__ = [
     "InvalidTransition",
     "LayoutMismatch",
     "NotFound",
+    "NotTheLeader",
     "PermissionRefused",
     "PolicyRefused",
     "PortInUse",
@@ -80,6 +83,7 @@ __all__ = [
     "StoreDamaged",
     "StoreLocked",
     "StoreTooNew",
+    "StoreUnreachable",
     "TransferIncomplete",
     "Unreachable",
     "ValueOutOfRange",
@@ -283,6 +287,20 @@ class ComeBack(Unreachable):
         return str(self.args[0])
 
 
+class NotTheLeader(Unreachable):
+    """A controller stands by, or waits for its store. Args: the sentence, and the ``leader``, where it is known."""
+
+    code = "HFL-503"
+    leader = ""
+
+    def __init__(self, sentence: str, leader: str = "") -> None:
+        super().__init__(sentence, leader)
+        self.leader = leader
+
+    def __str__(self) -> str:
+        return f"{self.args[0]}; {self.leader} leads" if self.leader else str(self.args[0])
+
+
 class RegionError(HierFLError):
     """Confined to one region; the round goes on without it."""
 
@@ -341,6 +359,13 @@ class StoreDamaged(StorageError):
     """The store's contents contradict themselves, or a blob does not have its digest."""
 
     code = "HFL-604"
+
+
+class StoreUnreachable(StorageError):
+    """The store gives no answer, or takes no writes at present: wait. What was asked of it may have happened."""
+
+    code = "HFL-605"
+    exit_code = 6
 
 
 class PortInUse(HierFLError):

@@ -47,6 +47,8 @@ POINTS: Mapping[str, str] = MappingProxyType(
         "region.acknowledged": "the controller has the partial, and the ledger does not say so yet",
         "region.verdict": "a verdict is believed, and not written yet",
         "region.settled": "last words are durable, and no client has heard",
+        "store.volume": "the name of a shared store is written, and not in its folder yet",
+        "store.run": "what a run was submitted as is written, and its name is not in place yet",
         "controller.open": "an attempt is durable, and no region has been offered it",
         "controller.accept": "a partial is there whole, and not durable yet",
         "controller.accepted": "a partial's bytes are durable, its row is not",

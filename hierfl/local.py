@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from hierfl import provision
-from hierfl.config import FederationConfig, RegionConfig, SiteConfig
+from hierfl.config import ANY_PORT, FederationConfig, RegionConfig, SiteConfig
 from hierfl.errors import AppError
 from hierfl.processes import Child, Program, ProgramFailed, kill_all
 from hierfl.statefolder import claim, end_leftovers
@@ -37,6 +37,8 @@ __all__ = ["OPERATOR", "Federation", "serving"]
 
 OPERATOR = "admin"
 """Name of the operator whose kit ``up`` makes."""
+CONTROLLERS = ("controller", *(f"controller-{number}" for number in range(1, 9)))
+"""Names of the controllers' processes: the first, and those that stand by to begin with."""
 CLIENTS_PER_PROCESS = 32
 """Clients of one region and app that share a process; each keeps its own certificate and connection."""
 RESTART_FIRST_S, RESTART_MOST_S = 1.0, 30.0
@@ -83,6 +85,11 @@ class Federation:
     def controller_address(self) -> str:
         return self._addresses["controller"][0]
 
+    @property
+    def controller_addresses(self) -> tuple[str, ...]:
+        """Of all controllers, whichever leads."""
+        return tuple(self._addresses[name][0] for name in CONTROLLERS if name in self._addresses)
+
     async def start(self) -> None:
         """Start the controller, then all combiners at once, then the clients; returns when all serve.
 
@@ -94,22 +101,25 @@ class Federation:
         self._say(f"certificates for {len(self.config.regions)} regions")
         provision_all(self.config, self.state)
         self._say("controller starting")
-        await self.start_controller()
+        for number in range(1 + self.config.controller.standbys):
+            await self.start_controller(number)
         names = ", ".join(region.name for region in self.config.regions)
         self._say(f"combiners starting, each with its own Ray cluster: {names}")
         async with asyncio.TaskGroup() as group:
             for region in self.config.regions:
                 group.create_task(self.start_region(region.name))
 
-    async def start_controller(self) -> None:
-        """Start, or start again, the controller: on the address it had before."""
+    async def start_controller(self, number: int = 0) -> None:
+        """Start, or start again, a controller (0 or a stand-by's number): on the address it had before."""
+        name, config = CONTROLLERS[number], self.config.controller
 
         def arguments() -> list[str]:
-            listen = self._listen("controller", self.config.controller.listen)[0]
+            listen = self._listen(name, config.listen if number == 0 else ANY_PORT)[0]
             options = ("--kit", self._kit("controller"), "--dir", self.state / "controller", "--listen", listen)
-            return ["hierfl", "controller", "serve", *map(str, options)]
+            store = ("--store", config.store) if config.store else ()
+            return ["hierfl", "controller", "serve", *map(str, options), *store]
 
-        await self._start("controller", arguments)
+        await self._start(name, arguments)
 
     async def start_region(self, name: RegionId) -> None:
         """Start a region's combiner, then its clients."""
@@ -124,7 +134,8 @@ class Federation:
             listens = self._listen(f"combiner-{name}", *map(str, region.addresses))
             options = [
                 *("--kit", self._kit("regions", name, "combiner"), "--dir", self.state / "regions" / name),
-                *("--controller", self.controller_address, "--intakes", region.intakes),
+                *(part for address in self.controller_addresses for part in ("--controller", address)),
+                *("--intakes", region.intakes),
                 *("--k", region.k, "--max-share", region.max_share),
                 *(part for listen in listens for part in ("--listen", listen)),
             ]

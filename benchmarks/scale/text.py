@@ -231,7 +231,7 @@ and {RAY_ACTORS:,}+ actors in one cluster ([scalability envelope]({RAY_SOURCE}))
 {low:,.0f} to {high:,.0f} calls a second; an intake makes one call for all claims that wait, never one a client.
 - **SQLite**, the controller's and each region's store: {SQLITE_PER_S:,} durable commits a second (WAL, \
 `synchronous=FULL`; measured as above). The table above is what the controller asks of it.
-- **Redis** as the controller's store is not there yet. With its append-only file synced at every write it took \
+- **Redis**, the store of several controllers. With its append-only file synced at every write it took \
 {REDIS_PER_S:,} commits a second on one connection, {REDIS_MANY_PER_S:,} on eight (measured as above); that setting, \
 `appendfsync always`, is the slow and safe one of [its three]({REDIS_SOURCE}). It stores rows, never models or sums, \
 so that the number of commits is what counts."""

@@ -228,7 +228,7 @@ async def _train(federation: Federation, job: Job) -> Outcome:
     from hierfl.pki import Kit
 
     layout, first = await asyncio.to_thread(initial_model, job, app=APP)
-    async with connect(Kit.load(federation.operator_kit), federation.controller_address) as operator:
+    async with connect(Kit.load(federation.operator_kit), *federation.controller_addresses) as operator:
         run = await operator.submit(job, await operator.upload_model(layout, first))
         raise_for_outcome(await follow(operator, run, goes_on=False))
         models = [first]

@@ -25,7 +25,7 @@ import click
 
 from hierfl.cli.output import emit, output_option, say, table
 from hierfl.config import Address
-from hierfl.errors import ConfigError, HierFLError
+from hierfl.errors import ConfigError, HierFLError, NotTheLeader
 
 if TYPE_CHECKING:
     from hierfl.pki import Kit
@@ -261,6 +261,8 @@ async def _check_server(kit: Kit, address: str) -> Finding:
             version = await rpc.hello(rpc.stub(channel, _SERVICES[kit.identity.role]), str(server), address)
     except TimeoutError:
         return Finding(check, State.WRONG, "listens, but does not answer", "is it hierfl, and not a proxy in between?")
+    except NotTheLeader as error:
+        return Finding(check, State.OK, str(error))
     except HierFLError as error:
         return Finding(check, State.WRONG, str(error), f"hierfl explain {error.code}")
     finally:

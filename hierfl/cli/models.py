@@ -27,7 +27,7 @@ def models() -> None:
 @click.argument("run", required=False, default="")
 @operator_options
 @output_option
-def list_(run: str, kit: Path | None, address: str | None, output: str) -> None:
+def list_(run: str, kit: Path | None, address: tuple[str, ...], output: str) -> None:
     """Model versions of RUN, or of all runs."""
     found = call(kit, address, lambda operator: operator.models(run))
     rows = [(m.run, m.version, m.num_params, m.size_bytes, sums_of(m), m.model_hash) for m in found]
@@ -47,7 +47,7 @@ def sums_of(model: pb.Model) -> str:
 @click.option("--version", "version", type=int, help="Which version. Default: the newest.")
 @operator_options
 @output_option
-def export(run: str, file: Path, version: int | None, kit: Path | None, address: str | None, output: str) -> None:
+def export(run: str, file: Path, version: int | None, kit: Path | None, address: tuple[str, ...], output: str) -> None:
     """Write a model of RUN to FILE: .safetensors, or .pt where torch is installed.
 
     \b

@@ -41,9 +41,11 @@ def operator_options(function: F) -> F:
     address = click.option(
         "--controller",
         "address",
+        multiple=True,
         metavar="HOST:PORT",
         envvar="HIERFL_CONTROLLER",
-        help="Address of the controller. Default: the kit's, or that of `hierfl up` here.",
+        help="Address of the controller; may be repeated: the one that leads is asked. Default: the kit's, or that of "
+        "`hierfl up` here.",
     )
     return kit(address(function))
 
@@ -59,31 +61,31 @@ def _find_kit(path: Path | None) -> Path:
     raise NotFound("federation in", str(Path.cwd()), "start one here with `hierfl up`, or name an operator's --kit")
 
 
-def _find_address(given: str | None, kit: Kit, kit_dir: Path) -> str:
+def _find_addresses(given: tuple[str, ...], kit: Kit, kit_dir: Path) -> tuple[str, ...]:
     if given:
         return given
     state = next((parent for parent in kit_dir.resolve().parents if parent.name == STATE_DIR), None)
-    ready = state / "ready" / "controller.json" if state else None
-    if ready is not None and ready.exists():
+    ready = sorted((state / "ready").glob("controller*.json")) if state else []
+    if ready:
         import json
 
-        return str(json.loads(ready.read_text())["addresses"][0])
+        return tuple(str(json.loads(file.read_text())["addresses"][0]) for file in ready)
     if kit.addresses:
-        return kit.addresses[0]
+        return kit.addresses
     raise ConfigError("--controller", None, "is needed: neither the kit nor this folder names the controller's address")
 
 
-def call(kit_dir: Path | None, address: str | None, work: Callable[[Operator], Awaitable[T]]) -> T:
-    """Connect to the controller, do ``work``, and disconnect."""
+def call(kit_dir: Path | None, address: tuple[str, ...], work: Callable[[Operator], Awaitable[T]]) -> T:
+    """Connect to the controller that leads, do ``work``, and disconnect."""
     from hierfl.operator import connect
     from hierfl.pki import Kit
 
     found = _find_kit(kit_dir)
     kit = Kit.load(found)
-    where = _find_address(address, kit, found)
+    where = _find_addresses(address, kit, found)
 
     async def run() -> T:
-        async with connect(kit, where) as operator:
+        async with connect(kit, *where) as operator:
             return await work(operator)
 
     return asyncio.run(run())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -109,6 +110,9 @@ async def _snapshots(operator: Operator, run: str) -> AsyncIterator[pb.FollowRun
             say(f"{why}; the run goes on when it is back, and is followed again")
             said = True
         await asyncio.sleep(RETRY_S)
+        if operator.can_move:
+            with contextlib.suppress(Unreachable):
+                await operator.reconnect()
 
 
 async def _tick(progress: Progress) -> None:
@@ -125,7 +129,7 @@ def runs() -> None:
 @runs.command("list")
 @operator_options
 @output_option
-def list_(kit: Path | None, address: str | None, output: str) -> None:
+def list_(kit: Path | None, address: tuple[str, ...], output: str) -> None:
     """Runs, newest first."""
     found = call(kit, address, lambda operator: operator.runs())
     found.sort(key=lambda run: run.submitted_unix_ns, reverse=True)
@@ -164,7 +168,7 @@ def _when(unix_ns: int) -> str:
 )
 @operator_options
 @output_option
-def show(run: str, history: Path | None, kit: Path | None, address: str | None, output: str) -> None:
+def show(run: str, history: Path | None, kit: Path | None, address: tuple[str, ...], output: str) -> None:
     """One run, round by round.
 
     \b
@@ -248,7 +252,7 @@ def _rounds_table(found: pb.GetRunResponse) -> None:
 @runs.command()
 @click.argument("run")
 @operator_options
-def cancel(run: str, kit: Path | None, address: str | None) -> None:
+def cancel(run: str, kit: Path | None, address: tuple[str, ...]) -> None:
     """End a run now; its last committed model stays."""
     state = call(kit, address, lambda operator: operator.cancel(run))
     say(f"run {run} is {state}")
@@ -257,7 +261,7 @@ def cancel(run: str, kit: Path | None, address: str | None) -> None:
 @runs.command()
 @click.argument("run")
 @operator_options
-def resume(run: str, kit: Path | None, address: str | None) -> None:
+def resume(run: str, kit: Path | None, address: tuple[str, ...]) -> None:
     """Go on with a paused run."""
     state = call(kit, address, lambda operator: operator.resume(run))
     say(f"run {run} is {state}; follow it with `hierfl status {run} -w`")

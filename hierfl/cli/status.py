@@ -22,7 +22,7 @@ __all__ = ["status"]
 @click.option("-w", "--watch", is_flag=True, help="Follow RUN until it ends.")
 @operator_options
 @output_option
-def status(run: str | None, watch: bool, kit: Path | None, address: str | None, output: str) -> None:
+def status(run: str | None, watch: bool, kit: Path | None, address: tuple[str, ...], output: str) -> None:
     """Show the federation's regions and runs; with RUN and -w, follow that run.
 
     \b

@@ -35,7 +35,7 @@ def train(
     overrides: tuple[str, ...],
     detach: bool,
     kit: Path | None,
-    address: str | None,
+    address: tuple[str, ...],
     output: str,
 ) -> None:
     """Train a model as JOB.toml says, and follow the run until it ends.

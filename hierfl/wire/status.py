@@ -57,6 +57,7 @@ ANSWERS: Mapping[type[HierFLError], Answer] = {
     errors.RunFailed: Answer(_Code.FAILED_PRECONDITION),
     errors.Unreachable: Answer(_Code.UNAVAILABLE, f"the server cannot reach what it needs; {_TRY_LATER}"),
     errors.ComeBack: Answer(_Code.UNAVAILABLE),
+    errors.NotTheLeader: Answer(_Code.UNAVAILABLE),
     errors.StorageError: Answer(_Code.UNAVAILABLE, f"the server cannot use its store; {_TRY_LATER}"),
     errors.DiskFull: Answer(_Code.RESOURCE_EXHAUSTED, "the server's disk is full: its operator makes room"),
     errors.Interrupted: Answer(_Code.UNAVAILABLE, "the server is stopping; connect again in a while"),

@@ -1,24 +1,53 @@
-"""Stores: ``StoreRules`` holds for each of them; what is SQLite's own follows."""
+"""Stores: ``StoreRules`` holds for each of them; what is SQLite's own follows, and what is Redis's."""
 
 from __future__ import annotations
 
+import contextlib
+import signal
+import socket
 import sqlite3
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
+from redis import exceptions as redis_errors
+from redises import make_redis
 
+from controller.redis_errors import translated
+from controller.redis_options import RedisOptions, read_password
 from controller.rows import AnswerRow, AttemptRow, ModelRow, RegionRow, RoundRow, RunRow
 from controller.store import SCHEMA_VERSION, SqliteStore
 from hierfl.aggregation import ColumnGroup, GroupKind, Weighting
-from hierfl.errors import DiskFull, InvalidTransition, StaleEpoch, StoreDamaged, StoreLocked, StoreTooNew
+from hierfl.errors import (
+    ConfigError,
+    DiskFull,
+    InvalidTransition,
+    NotTheLeader,
+    StaleEpoch,
+    StorageError,
+    StoreDamaged,
+    StoreLocked,
+    StoreTooNew,
+    StoreUnreachable,
+)
 from hierfl.job import Job, JobHead
 from hierfl.plan import TaskSpec
 from hierfl.records import PartialHead
 from hierfl.rounds import CollectionClosed, QuorumUnreachable, RoundState
 from hierfl.runs import RunCancelled, RunFinished, RunPaused, RunStarted, RunState
 from hierfl.types import AttemptKey, ModelHash, RegionId, RunId, TaskKind
+
+__all__ = ["make_redis"]
 
 RUN, EU, US = RunId("digits-1"), RegionId("eu"), RegionId("us")
 GROUPS = (ColumnGroup(name="train", kind=GroupKind.FIXED, s=32, max_abs=8.0, weighting=Weighting.WEIGHT, num_values=3),)
@@ -186,6 +215,19 @@ class StoreRules:
             store.write(old, run_row())
         assert store.runs() == []
 
+    def test_a_leader_goes_on_under_its_own_epoch_only(self, open_store):
+        store = open_store()
+        old = store.lead()
+        store.renew(old)
+        new = store.lead(9, under=old)
+        assert new == 10
+        store.renew(new)
+        for late in (lambda: store.renew(old), lambda: store.lead(under=old)):
+            with pytest.raises(StaleEpoch):
+                late()
+        store.write(new, run_row())
+        assert store.lead() == 11
+
     def test_a_write_is_all_or_nothing(self, open_store):
         store = open_store()
         epoch = store.lead()
@@ -268,6 +310,254 @@ class TestSqliteStore(StoreRules):
         store.write(epoch, model_row())
 
 
+class TestRedisStore(StoreRules):
+    @pytest.fixture
+    def redis(self, make_redis):
+        return make_redis()
+
+    @pytest.fixture
+    def open_store(self, redis):
+        from controller.store_redis import RedisStore
+
+        opened = []
+
+        def open_one(federation="fed", lease_s=6.0, **options):
+            store = RedisStore(RedisOptions(url=redis.url, **options), federation, lease_s=lease_s)
+            opened.append(store)
+            return store
+
+        yield open_one
+        for store in opened:
+            store.close()
+
+    # -------------------------------------------------------------- the lease
+
+    def test_who_does_not_lead_is_told_who_does_until_the_lease_runs_out(self, open_store):
+        one, two = open_store(lease_s=0.3), open_store(lease_s=0.3)
+        first = one.lead(name="one:1")
+        with pytest.raises(NotTheLeader, match="one:1 leads") as told:
+            two.lead(name="two:2")
+        assert told.value.leader == "one:1"
+        second = until(lambda: two.lead(name="two:2"), NotTheLeader)
+        assert second == first + 1
+        for late in (lambda: one.write(first, run_row()), lambda: one.renew(first), lambda: one.lead(under=first)):
+            with pytest.raises(StaleEpoch):
+                late()
+        with pytest.raises(NotTheLeader, match="two:2"):
+            one.lead()
+        assert two.runs() == []
+        two.write(second, run_row())
+
+    def test_a_renewed_lease_does_not_run_out(self, open_store, redis):
+        one, two = open_store(lease_s=0.5), open_store(lease_s=0.5)
+        epoch = one.lead()
+        began = time.monotonic()
+        while time.monotonic() < began + 1.0:
+            one.renew(epoch)
+            with pytest.raises(NotTheLeader):
+                two.lead()
+
+    def test_a_lease_that_ran_out_unseen_is_taken_up_again(self, open_store, redis):
+        one, two = open_store(), open_store()
+        epoch = one.lead()
+        redis.command("DEL", "hierfl:{fed}:lease")
+        one.renew(epoch)
+        with pytest.raises(NotTheLeader):
+            two.lead()
+
+    def test_a_store_that_is_closed_leads_no_more(self, open_store):
+        one, two = open_store(), open_store()
+        epoch = one.lead()
+        one.close()
+        assert two.lead() == epoch + 1
+
+    # -------------------------------------------------------------- writes that come twice, or late
+
+    def test_a_write_that_comes_again_changes_nothing_and_is_answered_the_same(self, open_store):
+        store = open_store()
+        epoch = store.lead()
+        store.write(epoch, run_row(), answer_row())
+        store._number -= 1  # as where the answer was lost
+        store.write(epoch, run_row(), answer_row())
+        assert store.runs() == [run_row()]
+
+    def test_a_write_that_was_on_its_way_while_later_ones_were_made_changes_nothing(self, open_store):
+        store = open_store()
+        epoch = store.lead()
+        store.write(epoch, run_row())
+        store.write(epoch, run_row(version=1))
+        store._number = 0
+        with pytest.raises(StaleEpoch):
+            store.write(epoch, run_row())
+        assert store.runs()[0].version == 1
+
+    def test_a_frozen_redis_fails_calls_within_three_seconds_and_its_late_write_changes_nothing(
+        self, open_store, redis
+    ):
+        store = open_store()
+        epoch = store.lead()
+        redis.signal(signal.SIGSTOP)
+        for call in (lambda: store.write(epoch, run_row()), store.runs, store.lead):
+            began = time.monotonic()
+            with pytest.raises(StoreUnreachable, match="gives no answer in time"):
+                call()
+            assert time.monotonic() - began < 3.0
+        redis.signal(signal.SIGCONT)
+        store.lead()
+        with pytest.raises(StaleEpoch):
+            store.write(epoch, run_row(version=9))
+        assert [row.version for row in store.runs()] in ([], [0])
+
+    def test_a_killed_redis_comes_back_with_everything_it_acknowledged(self, open_store, redis):
+        store = open_store()
+        epoch = store.lead()
+        for number in range(50):
+            store.write(epoch, model_row(number))
+        redis.kill()
+        with pytest.raises(StoreUnreachable, match="is not there"):
+            store.write(epoch, model_row(50))
+        redis.start()
+        assert [row.version for row in store.models(RUN)] == list(range(50))
+        store.write(epoch, model_row(50))
+
+    # -------------------------------------------------------------- what Redis refuses
+
+    def test_no_memory_is_said_and_changes_nothing(self, open_store, redis):
+        store = open_store()
+        epoch = store.lead()
+        redis.command("CONFIG", "SET", "maxmemory", "1")
+        with pytest.raises(StoreUnreachable, match="raise its `maxmemory`"):
+            store.write(epoch, run_row(), model_row())
+        with pytest.raises(StoreUnreachable, match="maxmemory"):
+            store.lead()
+        redis.command("CONFIG", "SET", "maxmemory", "0")
+        assert store.runs() == store.models(RUN) == []
+        store.write(epoch, run_row())
+
+    @pytest.mark.parametrize(
+        ("name", "value"), [("appendonly", "no"), ("appendfsync", "everysec"), ("maxmemory-policy", "allkeys-lru")]
+    )
+    def test_a_redis_that_may_forget_is_refused_with_the_line_that_mends_it(self, open_store, redis, name, value):
+        redis.command("CONFIG", "SET", name, value)
+        with pytest.raises(ConfigError, match=f"`CONFIG SET {name} ") as told:
+            open_store()
+        assert told.value.value == value
+
+    def test_a_replica_is_refused(self, open_store, redis):
+        store = open_store()
+        epoch = store.lead()
+        redis.command("REPLICAOF", "127.0.0.1", "1")
+        with pytest.raises(StoreUnreachable, match="is a replica"):
+            store.write(epoch, run_row())
+
+    def test_replicas_that_may_lag_are_warned_of(self, make_redis, caplog):
+        from controller.store_redis import RedisStore
+
+        port = free_port()
+        primary = make_redis(f"--port {port}")
+        make_redis(f"--replicaof 127.0.0.1 {port}")
+        until(lambda: wait_for(primary.command("INFO", "replication"), "state=online"), AssertionError)
+        RedisStore(RedisOptions(url=primary.url), "fed").close()
+        assert "has replicas and no `min-replicas-to-write 1`" in caplog.text
+        caplog.clear()
+        primary.command("CONFIG", "SET", "min-replicas-to-write", "1")
+        RedisStore(RedisOptions(url=primary.url), "fed").close()
+        assert caplog.text == ""
+
+    def test_user_and_password_come_from_url_and_file_and_a_wrong_one_is_said(self, open_store, redis, tmp_path):
+        from controller.store_redis import RedisStore
+
+        allowed = ["~hierfl:*", "+@read", "+@write", "+@scripting", "+config|get"]
+        redis.command("ACL", "SETUSER", "hierfl", "on", ">secret", *allowed)
+        redis.command("ACL", "SETUSER", "weak", "on", ">secret", "~hierfl:*", "+get")
+        (tmp_path / "password").write_text("secret\n")
+        url = redis.url.replace("unix://", "unix://hierfl@")
+        password = read_password(tmp_path / "password", {})
+        store = RedisStore(RedisOptions(url=url, password=password), "fed")
+        store.write(store.lead(), run_row())
+        assert store.runs() == [run_row()]
+        store.close()
+        with pytest.raises(StorageError, match="refuses this user or password"):
+            RedisStore(RedisOptions(url=url, password="wrong"), "fed")
+        with pytest.raises(StorageError, match=r"does not allow this user .*config\|get"):
+            RedisStore(RedisOptions(url=url.replace("hierfl@", "weak@"), password=password), "fed")
+        redis.command("ACL", "SETUSER", "default", ">other")
+        with pytest.raises(StorageError, match="HIERFL_STORE_PASSWORD_FILE"):
+            RedisStore(RedisOptions(url=redis.url), "fed")
+
+    # -------------------------------------------------------------- identity
+
+    def test_federations_share_a_redis_and_see_nothing_of_each_other(self, open_store):
+        one, two = open_store("one"), open_store("two")
+        one.write(one.lead(), run_row())
+        assert two.lead() == 1
+        assert two.runs() == []
+        assert one.store_id != two.store_id
+
+    def test_a_wiped_redis_gets_nothing_written_and_is_another_store(self, open_store, redis):
+        store = open_store()
+        epoch = store.lead()
+        store.write(epoch, run_row())
+        redis.command("FLUSHALL")
+        for call in (lambda: store.write(epoch, run_row()), lambda: store.renew(epoch), store.runs, store.lead):
+            with pytest.raises(StoreDamaged, match="was Redis wiped"):
+                call()
+        assert redis.command("DBSIZE") == "0"
+        assert open_store().store_id != store.store_id
+
+    def test_a_store_of_a_later_release_is_refused(self, open_store, redis):
+        open_store()
+        redis.command("HSET", "hierfl:{fed}:meta", "schema", str(SCHEMA_VERSION + 1))
+        with pytest.raises(StoreTooNew):
+            open_store()
+
+    def test_two_that_lead_at_once_are_never_both_leaders(self, open_store):
+        stores = [open_store() for _ in range(6)]
+        led: list[int] = []
+
+        def try_to_lead(store):
+            with contextlib.suppress(NotTheLeader):
+                led.append(store.lead())
+
+        threads = [threading.Thread(target=try_to_lead, args=(store,)) for store in stores]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert led == [1]
+
+
+def wait_for(text, words):
+    assert words in text
+
+
+def until(call, refusal):
+    """The first answer that is no ``refusal``, within 5 s."""
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            return call()
+        except refusal:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)  # a lease ends by Redis's clock, which nobody here can turn
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("redis://:secret@host:6379", "must hold no password"),
+        ("redis://host:6379?socket_timeout=60", "hierfl's own"),
+        ("http://host", "redis://"),
+        ("redis://", "redis://"),
+    ],
+)
+def test_a_store_url_is_checked_and_a_password_in_it_is_not_repeated(url, words):
+    with pytest.raises(ConfigError, match=words) as told:
+        RedisOptions(url=url)
+    assert "secret" not in str(told.value)
+
+
 def test_a_row_keeps_the_reason_of_its_event_and_the_time_of_its_end():
     running = run_row().after(RunStarted())
     paused = running.after(RunPaused(reason="why"))
@@ -277,3 +567,76 @@ def test_a_row_keeps_the_reason_of_its_event_and_the_time_of_its_end():
     assert attempt_row().after(QuorumUnreachable(reason="far")).reason == "far"
     with pytest.raises(InvalidTransition):
         ended.after(RunFinished())
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (redis_errors.OutOfMemoryError("command not allowed"), StoreUnreachable, "maxmemory"),
+        (redis_errors.ResponseError("MISCONF Errors writing to the AOF file"), StoreUnreachable, "make room"),
+        (redis_errors.BusyLoadingError("Redis is loading"), StoreUnreachable, "reading its data"),
+        (redis_errors.ReadOnlyError("You can't write"), StoreUnreachable, "replica"),
+        (redis_errors.ResponseError("NOREPLICAS Not enough good replicas"), StoreUnreachable, "min-replicas"),
+        (redis_errors.TimeoutError("Timeout reading from socket"), StoreUnreachable, "in time"),
+        (redis_errors.ConnectionError("Connection refused"), StoreUnreachable, "is it running"),
+        (redis_errors.AuthenticationError("invalid username-password pair"), StorageError, "refuses this user"),
+        (redis_errors.ConnectionError("[SSL: CERTIFICATE_VERIFY_FAILED]"), StorageError, "--store-ca"),
+        (redis_errors.ResponseError("ERR something new"), StorageError, "something new"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None) or str(value)[:20],
+)
+def test_what_redis_answers_is_said_with_the_next_step(error, kind, words):
+    told = translated(error, "redis://here")
+    assert type(told) is kind
+    assert words in str(told)
+    assert str(told).startswith("Redis at redis://here ")
+
+
+@pytest.fixture
+def certificates(tmp_path):
+    """A CA, a server's certificate for 127.0.0.1 and a client's, as PEM files."""
+    ca_key = ec.generate_private_key(ec.SECP256R1())
+    ca_name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "a CA")])
+    begins = datetime.now(UTC) - timedelta(minutes=5)
+
+    def issue(name, subject, key, **extension):
+        builder = x509.CertificateBuilder(ca_name, subject, key.public_key(), x509.random_serial_number())
+        builder = builder.not_valid_before(begins).not_valid_after(begins + timedelta(hours=1))
+        san = x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))])
+        ca = x509.BasicConstraints(ca=bool(extension), path_length=None)
+        made = builder.add_extension(ca, critical=True).add_extension(san, critical=False).sign(ca_key, SHA256())
+        (tmp_path / f"{name}.pem").write_bytes(made.public_bytes(Encoding.PEM))
+        private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        (tmp_path / f"{name}.key").write_bytes(private)
+
+    issue("ca", ca_name, ca_key, ca=True)
+    for name in ("server", "client"):
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        issue(name, subject, ec.generate_private_key(ec.SECP256R1()))
+    return tmp_path
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
+
+def test_redis_over_tls_with_certificates_on_both_sides(make_redis, certificates):
+    from controller.store_redis import RedisStore
+
+    port, at = free_port(), certificates
+    files = f"--tls-ca-cert-file {at}/ca.pem", f"--tls-cert-file {at}/server.pem", f"--tls-key-file {at}/server.key"
+    make_redis(f"--tls-port {port}", *files)
+    url = f"rediss://127.0.0.1:{port}"
+    own = {"certificate": at / "client.pem", "key": at / "client.key"}
+    store = RedisStore(RedisOptions(url=url, ca=at / "ca.pem", **own), "fed")
+    store.write(store.lead(), run_row())
+    assert store.runs() == [run_row()]
+    store.close()
+    with pytest.raises(StorageError, match="--store-ca"):
+        RedisStore(RedisOptions(url=url, **own), "fed")  # the system's CAs do not know it
+    with pytest.raises(StorageError):
+        RedisStore(RedisOptions(url=url, ca=at / "ca.pem"), "fed")
+    with pytest.raises(ConfigError, match="rediss://"):
+        RedisOptions(url="redis://127.0.0.1", ca=at / "ca.pem")

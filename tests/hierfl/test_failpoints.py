@@ -31,6 +31,7 @@ STEPS_OF = {
 ELSEWHERE = {
     "combiners/uplink.py:send": "region.uplink",
     "controller/blobs.py:sync_directory": "controller.blob",
+    "controller/commits.py:_write": "controller.link",
 }
 """What has a point right before it or around it, with no state of its own between."""
 
