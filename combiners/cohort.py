@@ -13,7 +13,7 @@ from enum import Enum, StrEnum
 from combiners.messages import Answer, Claim, ClaimAnswer
 from hierfl.plan import Plan
 from hierfl.receipts import Reason, Receipt, ReceiptEvent, ReceiptState, next_receipt
-from hierfl.types import ClientRef
+from hierfl.types import ClientRef, SiteId
 
 __all__ = ["Cohort", "Member", "Outlook", "Standing"]
 
@@ -58,11 +58,6 @@ class Member:
         return next_receipt(staged, ReceiptEvent.CLAIM)
 
 
-def num_sites(clients: Iterable[ClientRef]) -> int:
-    """Distinct sites among ``clients``."""
-    return len({client.site for client in clients})
-
-
 class Cohort:
     """Members of one attempt by client."""
 
@@ -81,18 +76,23 @@ class Cohort:
 
     def enough(self, clients: Iterable[ClientRef]) -> bool:
         """Whether these clients are as many, from as many sites, as the plan and the zone ask for."""
-        clients = list(clients)
-        return len(clients) >= self.plan.min_clients and num_sites(clients) >= self.k
+        sites = set[SiteId]()
+        for num_clients, client in enumerate(clients, 1):
+            sites.add(client.site)
+            if num_clients >= self.plan.min_clients and len(sites) >= self.k:
+                return True
+        return False
 
     def outlook(self) -> Outlook:
-        """The closing rule: wait for all that are expected, and for those that went while too few are in."""
+        """The closing rule: wait for all that are expected, and for those that went while too few are in.
+
+        In is who was granted: a freeze waits for what is being folded, and what an intake lets go then is asked again.
+        """
         standing = Standing
-        folded = self.with_standing(standing.FOLDED)
-        if self.with_standing(standing.CLAIMED):
-            return Outlook.WAIT
-        if self.enough(folded):
+        granted = self.with_standing(standing.CLAIMED, standing.FOLDED)
+        if self.enough(granted):
             return Outlook.WAIT if self.with_standing(standing.EXPECTED) else Outlook.COMPLETE
-        hoped_for = self.with_standing(standing.FOLDED, standing.EXPECTED, standing.GONE)
+        hoped_for = self.with_standing(standing.CLAIMED, standing.FOLDED, standing.EXPECTED, standing.GONE)
         return Outlook.WAIT if self.enough(hoped_for) else Outlook.HOPELESS
 
     def expect(self, client: ClientRef) -> None:

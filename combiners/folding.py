@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Mapping
 from concurrent.futures import Executor
 
+from combiners.checks import expect_update
 from combiners.messages import Claim, HandOver, Opening
 from hierfl import observe
 from hierfl.aggregation import Accumulator
@@ -20,7 +21,7 @@ from hierfl.types import ClientRef
 __all__ = ["Folding"]
 
 INLINE_VALUES = 16_384
-"""A smaller update is folded on the event loop: handing it to a thread would cost more."""
+"""A smaller update is folded on the event loop, in less time than a thread, or a span, would cost."""
 
 
 class Folding:
@@ -28,6 +29,7 @@ class Folding:
 
     def __init__(self, opening: Opening, plan: Plan) -> None:
         self.opening, self.plan = opening, plan
+        self.expect = expect_update(plan)
         self.folding: dict[ClientRef, Claim] = {}
         self.folded: dict[ClientRef, Claim] = {}
         self.answered: set[ClientRef] = set()
@@ -35,6 +37,7 @@ class Folding:
         self.is_closed = False
         self._accumulator: Accumulator | None = None
         """Made by the first fold, in its thread: writing its memory takes as long as a fold."""
+        self._is_small = sum(group.num_values for group in plan.task.groups) < INLINE_VALUES
         self._one_at_a_time = asyncio.Lock()
         self._changed = asyncio.Event()
         self._by_client: dict[ClientRef, asyncio.Lock] = {}
@@ -81,11 +84,11 @@ class Folding:
         """Fold a granted update. Whatever happens, it is in ``folding`` no more afterwards."""
         client, key = claim.key.client, claim.key.attempt
         try:
-            async with self._one_at_a_time:
-                with observe.span(observe.SPAN_FOLD, run=key.run, round=key.round, attempt=key.attempt):
-                    if sum(group.num_values for group in self.plan.task.groups) < INLINE_VALUES:
-                        self._fold(chunks, claim.weight, metrics)
-                    else:
+            if self._is_small:
+                self._fold(chunks, claim.weight, metrics)
+            else:
+                async with self._one_at_a_time:
+                    with observe.span(observe.SPAN_FOLD, run=key.run, round=key.round, attempt=key.attempt):
                         loop = asyncio.get_running_loop()
                         await loop.run_in_executor(pool, self._fold, chunks, claim.weight, metrics)
             self.folded[client] = claim
