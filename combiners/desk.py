@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -34,6 +34,7 @@ from combiners.messages import (
     serves,
 )
 from combiners.pacing import Pacer
+from combiners.postbox import Postbox
 from hierfl import documents, observe
 from hierfl.endpoints import EndpointList
 from hierfl.errors import (
@@ -52,7 +53,7 @@ from hierfl.types import AttemptKey, ClientRef, ModelHash, UpdateKey
 from hierfl.wire import hierfl_pb2 as pb
 from hierfl.wire.convert import key_to_proto, receipt_to_proto
 from hierfl.wire.resume import KEEP_S, Unfinished
-from hierfl.wire.transfer import Incoming
+from hierfl.wire.transfer import Expect, Incoming
 
 __all__ = ["Desk", "IntakeSettings"]
 
@@ -63,6 +64,10 @@ LOOK_AGAIN_S = 0.2
 """After so long a full intake looks again whether somebody can make room."""
 FULL = "as many clients are connected here as this combiner takes at once; come back when it says"
 MODELS_KEPT = 2
+SHORT_ROUND_S = 2.0
+"""After a round of at most so long receipts wait for the next offer, to go along with it, ..."""
+OFFER_COMES_WITHIN = 1.25
+"""... for so many times as long as it took."""
 INLINE_BYTES = 65_536
 """A smaller update is checked on the event loop: handing it to a thread would cost more."""
 
@@ -110,6 +115,8 @@ class Desk:
         )
         self.unfinished: Unfinished[UpdateKey] = Unfinished(settings.resume_s, settings.staging_bytes)
         self.followers = Followers(self.link.connection)
+        self._postbox = Postbox(lambda client: self.followers.send(client, pb.FollowResponse()))
+        self._receipts_wait_s = 0.0
         self.endpoints = pb.Endpoints()
         """The region's list, as this intake was last told; kept when the incarnation ends."""
         self.endpoints_age = (0, 0)
@@ -136,6 +143,7 @@ class Desk:
     def shut(self) -> None:
         """The end: everyone is sent away."""
         self.stop_admitting()
+        self._postbox.clear()
         self.followers.end_all()
         self._pool.shutdown(wait=False)
 
@@ -156,6 +164,7 @@ class Desk:
         self.attempts.clear()
         self.unfinished.drop(lambda _: True)
         self.line.clear()
+        self._postbox.clear()
         self.followers.end_all()
 
     def _answered(self, answer: ClaimAnswer) -> ClaimAnswer:
@@ -181,9 +190,10 @@ class Desk:
             return
         attempt = Folding(opening, Plan.from_bytes(pb.Offer.FromString(opening.offer).plan))
         self.attempts[opening.key] = attempt
+        offer = _offer(opening)
         for session in self.followers.serving(attempt.plan):
-            session.since_s = time.monotonic()
-            session.send(_offer(opening))
+            session.since_s = attempt.opened_s
+            session.send(offer)
 
     async def list_endpoints(self, endpoints: bytes) -> None:
         self._list(endpoints)
@@ -224,6 +234,7 @@ class Desk:
         if attempt is None:
             return
         attempt.close()
+        self._receipts_wait_s = _receipts_wait_s(attempt)
         self.unfinished.drop(lambda update: update.attempt == key)
         withdrawal = pb.FollowResponse(withdrawal=pb.Withdrawal(key=key_to_proto(key), reason=reason))
         for session in self.followers.serving(attempt.plan):
@@ -232,7 +243,21 @@ class Desk:
 
     async def deliver(self, receipts: tuple[Receipt, ...]) -> None:
         for receipt in receipts:
-            self.followers.send(receipt.key.client, pb.FollowResponse(receipt=receipt_to_proto(receipt)))
+            client = receipt.key.client
+            sessions = self.followers.of(client)
+            if self._receipts_wait_s and sessions and all(session.takes_along for session in sessions):
+                self._postbox.put(receipt, self._receipts_wait_s)
+            else:
+                self.followers.send(client, pb.FollowResponse(receipt=receipt_to_proto(receipt)))
+
+    def complete(self, session: Session, event: pb.FollowResponse) -> pb.FollowResponse | None:
+        """An event that is about to be sent, and what waits to go along; none where that makes nothing."""
+        receipts = self._postbox.take(session.client) if session.takes_along else []
+        if not receipts:
+            return event if event.HasField("event") else None
+        whole = pb.FollowResponse(receipts=receipts)
+        whole.MergeFrom(event)
+        return whole
 
     # ------------------------------------------------------------ for the service
 
@@ -302,6 +327,32 @@ class Desk:
             RoundClosed: Its attempt is not open in this region.
             ValueOutOfRange, LayoutMismatch: What it announces does not fit the plan.
         """
+        found = await self._look(claim, length_bytes)
+        return await self.line.enter(Admitted(claim=claim, length_bytes=length_bytes)) if found is None else found
+
+    async def take_whole(self, claim: Claim, length_bytes: int, frames: Sequence[bytes]) -> Receipt | int:
+        """Hand in an update whose frames came with the request: it waits in line, and needs no ticket.
+
+        Raises:
+            RoundClosed, WireError: As ``admit`` and ``hand_in``.
+        """
+        found = await self._look(claim, length_bytes)
+        if found is not None:
+            return found
+        async with self.line.inside(Admitted(claim=claim, length_bytes=length_bytes)):
+            incoming = Incoming(self.expected(claim))
+            try:
+                for frame in frames:
+                    self.bytes_in += len(frame)
+                    incoming.feed(frame)
+                incoming.close()
+            except WireError as error:
+                self.refused(claim.key, error)
+                raise
+            return await self.hand_in(claim, incoming)
+
+    async def _look(self, claim: Claim, length_bytes: int) -> Receipt | int | None:
+        """What is known of an update, or when to come back; none for one to be let in."""
         self._require_running()
         attempt = self.attempts.get(claim.key.attempt)
         if attempt is None:
@@ -317,7 +368,7 @@ class Desk:
         admitted = Admitted(claim=claim, length_bytes=length_bytes)
         if self.line.is_full and not self.line.has_place(admitted):
             return RETRY_AFTER_MS
-        return await self.line.enter(admitted)
+        return None
 
     async def _ask_instead(self, claim: Claim) -> Receipt | int:
         told = await self.link.ask(claim.key)
@@ -326,12 +377,15 @@ class Desk:
         answer = told if told.receipt is not None else await self.link.claim(claim)
         return RETRY_AFTER_MS if answer.answer is Answer.LATER else self._receipt_of(answer, claim)
 
-    def plan_of(self, key: AttemptKey) -> Plan:
-        """The plan of an open attempt. Raises ``RoundClosed`` for any other."""
+    def _attempt(self, key: AttemptKey) -> Folding:
         attempt = self.attempts.get(key)
         if attempt is None:
             raise RoundClosed(_closed(key))
-        return attempt.plan
+        return attempt
+
+    def expected(self, claim: Claim) -> Expect:
+        """The transfer that an update of an open attempt is. Raises ``RoundClosed`` for any other."""
+        return replace(self._attempt(claim.key.attempt).expect, digest=claim.digest)
 
     async def hand_in(self, claim: Claim, incoming: Incoming) -> Receipt:
         """Check a received update, claim it, fold it; the receipt is STAGED, or what was known before.
@@ -340,7 +394,7 @@ class Desk:
             RoundClosed: Its attempt has closed meanwhile.
             WireError: It is refused; the Region waits for this client no more.
         """
-        plan = self.plan_of(claim.key.attempt)
+        plan = self._attempt(claim.key.attempt).plan
         key = claim.key.attempt
         loop = asyncio.get_running_loop()
         reach("intake.stage")
@@ -433,6 +487,15 @@ class Desk:
 
 def _offer(opening: Opening) -> pb.FollowResponse:
     return pb.FollowResponse(offer=pb.Offer.FromString(opening.offer))
+
+
+def _receipts_wait_s(attempt: Folding) -> float:
+    """How long receipts may wait for the next offer, after a round like this one: not at all after a long one, or
+    where clients need the last word for their next update.
+    """
+    seconds = time.monotonic() - attempt.opened_s
+    is_near = seconds <= SHORT_ROUND_S and not attempt.plan.task.update_encoding.feedback
+    return OFFER_COMES_WITHIN * seconds if is_near else 0.0
 
 
 def _staged_receipt(claim: Claim) -> Receipt:

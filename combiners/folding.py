@@ -7,6 +7,7 @@ in ``folded``; one whose claim was granted and that is not there yet is in ``fol
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Mapping
 from concurrent.futures import Executor
 
@@ -30,6 +31,7 @@ class Folding:
     def __init__(self, opening: Opening, plan: Plan) -> None:
         self.opening, self.plan = opening, plan
         self.expect = expect_update(plan)
+        self.opened_s = time.monotonic()
         self.folding: dict[ClientRef, Claim] = {}
         self.folded: dict[ClientRef, Claim] = {}
         self.answered: set[ClientRef] = set()

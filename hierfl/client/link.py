@@ -113,14 +113,16 @@ class Link:
 
     async def _follow(self, stub: Any, target: Target) -> AsyncIterator[pb.FollowResponse]:
         epoch, version = self._intakes.age
-        stream = stub.Follow(pb.FollowRequest(apps=self._apps, endpoints_epoch=epoch, endpoints_version=version))
+        request = pb.FollowRequest(
+            apps=self._apps, endpoints_epoch=epoch, endpoints_version=version, takes_receipts_along=True
+        )
+        stream = stub.Follow(request)
         homing: asyncio.Task[None] | None = None
         try:
             async for event in stream:
                 kind = event.WhichOneof("event")
                 if kind == "endpoints":
                     self._take_list(event.endpoints)
-                    continue
                 if kind == "welcome":
                     self._welcomed(stub, target, event.welcome)
                     homing = homing or asyncio.create_task(self._homing(stream, event.welcome.intake or target.name))

@@ -128,7 +128,7 @@ class Session:
         """Serve until cancelled."""
         try:
             async for event in self.link.events():
-                await self._on_event(event)
+                self._on_event(event)
         finally:
             for task in list(self._tasks):
                 task.cancel()
@@ -153,17 +153,23 @@ class Session:
 
     # ---------------------------------------------------------------- events
 
-    async def _on_event(self, event: pb.FollowResponse) -> None:
+    def _on_event(self, event: pb.FollowResponse) -> None:
+        for receipt in event.receipts:
+            self._on_message("receipt", receipt)
         kind = event.WhichOneof("event")
+        if kind is not None:
+            self._on_message(kind, getattr(event, kind))
+
+    def _on_message(self, kind: str, message: Any) -> None:
         try:
             if kind == "welcome":
                 self._spawn(self._ask_for_receipts())
             elif kind == "offer":
-                self._on_offer(event.offer)
+                self._on_offer(message)
             elif kind == "receipt":
-                self._on_receipt(self.link.receipt(event.receipt))
+                self._on_receipt(self.link.receipt(message))
             elif kind == "withdrawal":
-                self._on_withdrawal(key_from_proto(event.withdrawal.key), event.withdrawal.reason)
+                self._on_withdrawal(key_from_proto(message.key), message.reason)
         except (WireError, StorageError) as error:
             self.say(f"a message of the combiner ({kind}) was not taken up: {error}")
 
