@@ -52,6 +52,10 @@ class ModelCache:
             fetcher = self._fetchers[model_hash] = Fetcher(keeps_frames=False)
         return fetcher
 
+    def known(self, plan: Plan) -> FetchedModel | None:
+        """The model that the plan starts from, if it is here."""
+        return self._models.get(plan.base.model_hash)
+
     async def get(
         self, plan: Plan, fetch: Callable[[str, transfer.Expect], Awaitable[transfer.Incoming]]
     ) -> FetchedModel:

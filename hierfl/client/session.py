@@ -341,7 +341,7 @@ class Session:
     async def _make(self, work: Work, answer: _Answer) -> tuple[Held, transfer.Outgoing]:
         """Fetch, train, hold. The update is durable when this returns."""
         plan, site = answer.plan, self.site
-        model = await self._fetch(plan)
+        model = await self._model(plan)
         feedback = plan.task.update_encoding.feedback and await self._settle(work)
 
         def started() -> None:
@@ -427,19 +427,26 @@ class Session:
         seed = task_seed(plan.seed, plan.round, self.client)
         return encode_with_feedback(encoding, groups, made.vectors, seed, residual)
 
+    async def _model(self, plan: Plan) -> FetchedModel:
+        known = self.site.models.known(plan)
+        model = known or await self._fetch(plan)
+        try:
+            check_groups(plan, model.layout)
+        except HierFLError as error:
+            raise _unusable(error) from None
+        return model
+
     async def _fetch(self, plan: Plan) -> FetchedModel:
         with observe.span(observe.SPAN_MODEL_FETCH, run=plan.run, round=plan.round, site=self.client.site):
             fetch = partial(self.link.fetch_model, fetcher=self.site.models.fetcher(plan.base.model_hash))
             try:
-                model = await self.courier.patiently(
+                return await self.courier.patiently(
                     lambda: self.site.models.get(plan, fetch), f"{round_of(plan.key)}: no model yet"
                 )
-                check_groups(plan, model.layout)
             except NotFound as error:  # a combiner has the models of its open rounds
                 raise RoundClosed(str(error)) from None
             except HierFLError as error:
-                raise TaskFailed(decline_code(error), f"the model cannot be used: {error}") from None
-            return model
+                raise _unusable(error) from None
 
     # ---------------------------------------------------------------- saying no
 
@@ -462,6 +469,10 @@ class Session:
         except HierFLError as error:
             self.say(f"{round_of(key)}: the combiner does not take the refusal: {error}")
         self.site.on_round_over(self.client, key)
+
+
+def _unusable(error: HierFLError) -> TaskFailed:
+    return TaskFailed(decline_code(error), f"the model cannot be used: {error}")
 
 
 def round_of(key: AttemptKey) -> str:
