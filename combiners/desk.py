@@ -190,10 +190,10 @@ class Desk:
             return
         attempt = Folding(opening, Plan.from_bytes(pb.Offer.FromString(opening.offer).plan))
         self.attempts[opening.key] = attempt
-        offer = _offer(opening)
+        offer, with_model = _offer(opening), _offer(opening, with_model=True)
         for session in self.followers.serving(attempt.plan):
             session.since_s = attempt.opened_s
-            session.send(offer)
+            session.send(with_model if session.takes_models else offer)
 
     async def list_endpoints(self, endpoints: bytes) -> None:
         self._list(endpoints)
@@ -252,6 +252,7 @@ class Desk:
 
     def complete(self, session: Session, event: pb.FollowResponse) -> pb.FollowResponse | None:
         """An event that is about to be sent, and what waits to go along; none where that makes nothing."""
+        self.bytes_out += sum(map(len, event.model))
         receipts = self._postbox.take(session.client) if session.takes_along else []
         if not receipts:
             return event if event.HasField("event") else None
@@ -485,8 +486,8 @@ class Desk:
             raise Interrupted("this combiner is stopping; connect again in a while")
 
 
-def _offer(opening: Opening) -> pb.FollowResponse:
-    return pb.FollowResponse(offer=pb.Offer.FromString(opening.offer))
+def _offer(opening: Opening, *, with_model: bool = False) -> pb.FollowResponse:
+    return pb.FollowResponse(offer=pb.Offer.FromString(opening.offer), model=opening.model if with_model else ())
 
 
 def _receipts_wait_s(attempt: Folding) -> float:

@@ -37,6 +37,8 @@ class Session:
     """When it came, or was last given something to do."""
     takes_along: bool = False
     """Whether the client reads receipts that come along with other events."""
+    takes_models: bool = False
+    """Whether it reads the model that comes along with an offer."""
     is_over: bool = False
     goodbye: ComeBack | None = None
     """What the stream ends with, where it is not just closed."""

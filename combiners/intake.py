@@ -154,7 +154,7 @@ class _ClientService:
             if newer is not None:
                 yield pb.FollowResponse(endpoints=newer)  # there may be room where it belongs
             raise
-        session.takes_along = request.takes_receipts_along
+        session.takes_along, session.takes_models = request.takes_receipts_along, request.takes_models_along
         try:
             welcome = pb.Welcome(incarnation=incarnation, endpoints=newer, intake=self._desk.name)
             yield pb.FollowResponse(welcome=welcome)

@@ -61,13 +61,22 @@ Say = Callable[[str], None]
 class Link:
     """One client's connection. A call made while it is down raises ``Unreachable``."""
 
-    def __init__(self, kit: Kit, apps: Sequence[tuple[str, str]], intakes: Intakes, say: Say) -> None:
+    def __init__(
+        self,
+        kit: Kit,
+        apps: Sequence[tuple[str, str]],
+        intakes: Intakes,
+        say: Say,
+        *,
+        takes_models_along: bool = False,
+    ) -> None:
         """
         Args:
             kit: Of a client, with the combiner's addresses.
             apps: (name, version) of what runs here.
             intakes: What the client knows of its region's intakes.
             say: Takes a sentence for the site's administrator.
+            takes_models_along: Whether small models are to come along with offers, for no other client fetches them.
         Raises:
             ConfigError: The kit is not a client's, or names no address.
         """
@@ -76,6 +85,7 @@ class Link:
         self.is_idle = asyncio.Event()
         """Set by the client while it has nothing to do: the only time at which it moves to another intake."""
         self.is_idle.set()
+        self._takes_models_along = takes_models_along
         self._apps = [pb.App(name=name, version=version) for name, version in apps]
         self._intakes, self._listed = intakes, asyncio.Event()
         self._is_moving = False
@@ -114,7 +124,11 @@ class Link:
     async def _follow(self, stub: Any, target: Target) -> AsyncIterator[pb.FollowResponse]:
         epoch, version = self._intakes.age
         request = pb.FollowRequest(
-            apps=self._apps, endpoints_epoch=epoch, endpoints_version=version, takes_receipts_along=True
+            apps=self._apps,
+            endpoints_epoch=epoch,
+            endpoints_version=version,
+            takes_receipts_along=True,
+            takes_models_along=self._takes_models_along,
         )
         stream = stub.Follow(request)
         homing: asyncio.Task[None] | None = None

@@ -93,7 +93,7 @@ async def serve(
         raise ConfigError("--kit", None, "is needed: the folder that `hierfl provision site` made for this client")
     worker = Worker(workers)
     countdown = _Countdown(len(kits), max_rounds)
-    site = Site(policy, site_config, worker, say, countdown.count)
+    site = Site(policy, site_config, worker, say, countdown.count, takes_models_along=len(kits) == 1)
     sessions: list[Session] = []
     try:
         for kit in kits:

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import time
 import traceback
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import Enum
@@ -70,6 +70,8 @@ class Site:
     say: Callable[[str], None]
     on_round_over: Callable[[ClientRef, AttemptKey], None] = lambda client, key: None
     """Called when a client has nothing more to do for a round: last word, or declined."""
+    takes_models_along: bool = False
+    """Whether there is one client only, so that a small model may as well come with each offer."""
     models: ModelCache = field(default_factory=ModelCache)
     own_models: OwnModels = field(default_factory=OwnModels)
 
@@ -109,7 +111,8 @@ class Session:
         app = site.policy.app
         self.folder = ClientFolder(directory, self.client)
         intakes = Intakes(kit, self.folder.path / "endpoints", self.say)
-        self.link = Link(kit, [(app.name, app.version)], intakes, self.say)
+        apps = [(app.name, app.version)]
+        self.link = Link(kit, apps, intakes, self.say, takes_models_along=site.takes_models_along)
         self.courier = Courier(self.link, self.say)
         self.updates = self.folder.updates
         self._answers: dict[Work, _Answer] = {}
@@ -158,14 +161,14 @@ class Session:
             self._on_message("receipt", receipt)
         kind = event.WhichOneof("event")
         if kind is not None:
-            self._on_message(kind, getattr(event, kind))
+            self._on_message(kind, getattr(event, kind), event.model)
 
-    def _on_message(self, kind: str, message: Any) -> None:
+    def _on_message(self, kind: str, message: Any, model: Sequence[bytes] = ()) -> None:
         try:
             if kind == "welcome":
                 self._spawn(self._ask_for_receipts())
             elif kind == "offer":
-                self._on_offer(message)
+                self._on_offer(message, model)
             elif kind == "receipt":
                 self._on_receipt(self.link.receipt(message))
             elif kind == "withdrawal":
@@ -186,7 +189,7 @@ class Session:
         except HierFLError as error:
             self.say(f"what became of the updates held here is not known yet: {error}")
 
-    def _on_offer(self, offer: pb.Offer) -> None:
+    def _on_offer(self, offer: pb.Offer, model: Sequence[bytes]) -> None:
         try:
             plan = accept(offer, self.link.kit, self.site.policy, self.folder.leader_epoch, datetime.now(UTC))
             self.folder.raise_epoch(offer.leader_epoch)
@@ -198,6 +201,7 @@ class Session:
             self._spawn(self._decline(key_from_proto(offer.key), code))
         else:
             self._forget_earlier(plan)
+            self.site.models.take(plan, model)
             self._take_up(plan, offer.traceparent)
 
     def _take_up(self, plan: Plan, traceparent: str) -> None:
