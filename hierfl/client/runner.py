@@ -19,7 +19,8 @@ from hierfl import buffers, observe
 from hierfl.client.app import App
 from hierfl.client.link import checked
 from hierfl.client.offers import SitePolicy
-from hierfl.client.session import Session, Site
+from hierfl.client.session import Session
+from hierfl.client.site import Site
 from hierfl.client.worker import Worker
 from hierfl.errors import ConfigError, Interrupted
 from hierfl.pki import Kit

@@ -7,33 +7,26 @@ or find the update held; hand it in; the receipts that follow come on the link.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import time
 import traceback
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import Enum
-from functools import partial
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from hierfl import observe
 from hierfl.client.courier import TRY_AGAIN, Courier
 from hierfl.client.folder import ClientFolder
-from hierfl.client.held import Held, Work, encode_update
+from hierfl.client.held import Held, Work
 from hierfl.client.intakes import Intakes
 from hierfl.client.link import Link, checked
-from hierfl.client.models import FetchedModel, ModelCache, OwnModels
-from hierfl.client.offers import SitePolicy, accept, check_groups, decline_code
-from hierfl.client.residuals import encode_with_feedback
-from hierfl.client.work import Made, TaskFailed, do_task
-from hierfl.client.worker import Worker
+from hierfl.client.making import Maker
+from hierfl.client.offers import accept, decline_code
+from hierfl.client.site import Site, round_of
+from hierfl.client.work import TaskFailed
 from hierfl.errors import (
     HierFLError,
-    NotFound,
     RoundClosed,
     StaleEpoch,
     StorageError,
@@ -42,38 +35,18 @@ from hierfl.errors import (
 )
 from hierfl.failpoints import reach
 from hierfl.pki import Kit
-from hierfl.plan import Plan, task_seed
+from hierfl.plan import Plan
 from hierfl.receipts import Reason, Receipt, ReceiptState
-from hierfl.types import AttemptKey, ClientRef, Float32Array, RunId, TaskKind
+from hierfl.types import AttemptKey, RunId
 from hierfl.wire import hierfl_pb2 as pb
 from hierfl.wire import transfer
 from hierfl.wire.convert import key_from_proto
 
-__all__ = ["Session", "Site"]
+__all__ = ["Session"]
 
 _FINAL_REASONS = frozenset({Reason.INVALID, Reason.DIGEST_CONFLICT, Reason.RUN_CANCELLED, Reason.RUN_FAILED})
 """Not counted, and no later attempt at the same work can change that."""
 _RUN_OVER = frozenset({Reason.RUN_CANCELLED, Reason.RUN_FAILED})
-
-RESIDUAL_WAIT_S = 10.0
-"""So long an update with error feedback waits for the last word on the one before; then it goes without."""
-ASK_AGAIN_S = 0.5
-
-
-@dataclass(frozen=True)
-class Site:
-    """What the clients of one process share."""
-
-    policy: SitePolicy
-    site_config: Mapping[str, str]
-    worker: Worker
-    say: Callable[[str], None]
-    on_round_over: Callable[[ClientRef, AttemptKey], None] = lambda client, key: None
-    """Called when a client has nothing more to do for a round: last word, or declined."""
-    takes_models_along: bool = False
-    """Whether there is one client only, so that a small model may as well come with each offer."""
-    models: ModelCache = field(default_factory=ModelCache)
-    own_models: OwnModels = field(default_factory=OwnModels)
 
 
 class _Stage(Enum):
@@ -94,6 +67,10 @@ class _Answer:
     asked_again: bool = False
     """The same offer came once more: what was handed in meanwhile may have been lost."""
     task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """User code begins: it cannot be called back."""
+        self.stage = _Stage.WORKING
 
 
 class Session:
@@ -118,7 +95,7 @@ class Session:
         self._answers: dict[Work, _Answer] = {}
         self._newest_round: dict[RunId, int] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._last_word = asyncio.Event()
+        self._maker = Maker(site, self.folder, self.link, self.courier, self.say, self._on_receipt)
         self._drop_expired()
         if len(self.updates):
             self.say(f"{len(self.updates)} update(s) held from before; handed in when asked")
@@ -246,7 +223,7 @@ class Session:
         if receipt.reason in _RUN_OVER:
             self.folder.residuals.drop(held.work.run)
         if state.is_last_word:
-            self._last_word.set()
+            self._maker.heard_last_word()
             self.site.on_round_over(self.client, held.key)
 
     def _on_withdrawal(self, key: AttemptKey, reason: str) -> None:
@@ -305,7 +282,7 @@ class Session:
         if held is None or outgoing is None:
             if await self._is_known(answer.plan):
                 return
-            held, outgoing = await self._make(work, answer)
+            held, outgoing = await self._maker.make(answer.plan, answer.start)
         answer.stage = _Stage.HANDING_IN
         if answer.withdrawn:
             self.say(f"{round_of(held.key)}: kept, in case the round is tried again")
@@ -342,116 +319,6 @@ class Session:
             self.say(f"{round_of(plan.key)}: the combiner has this client's update already ({known.state})")
         return known is not None
 
-    async def _make(self, work: Work, answer: _Answer) -> tuple[Held, transfer.Outgoing]:
-        """Fetch, train, hold. The update is durable when this returns."""
-        plan, site = answer.plan, self.site
-        model = await self._model(plan)
-        feedback = plan.task.update_encoding.feedback and await self._settle(work)
-
-        def started() -> None:
-            answer.stage = _Stage.WORKING
-            self.say(f"{round_of(plan.key)}: {'training' if plan.task.kind is TaskKind.TRAIN else 'evaluating'}")
-
-        def make() -> tuple[Made, Held, transfer.Outgoing]:
-            first = site.own_models.local_of(site.policy.app, plan, model.layout)
-            local = {**first, **self.folder.local.load(plan.run, plan.round)}
-            made = do_task(site.policy.app, plan, model.layout, model.vectors, local, site.site_config, self.client)
-            return made, *self._hold(plan, work, made, local, feedback=feedback)
-
-        made, held, outgoing = await site.worker.run(make, started)
-        self.say(f"{round_of(plan.key)}: {'; '.join(made.said) or 'nothing to evaluate here'}")
-        return held, outgoing
-
-    async def _settle(self, work: Work) -> bool:
-        """Wait for the last word on the update that carries the run's residual; whether there is no such update now.
-
-        The run has moved on, so the word is there, or near: what the combiner does not know will not be counted.
-        """
-        try:
-            async with asyncio.timeout(RESIDUAL_WAIT_S):
-                while (carrier := self.updates.carrier(work)) is not None:
-                    self._last_word.clear()
-                    if await self._is_unknown(carrier):
-                        self.updates.residual(carrier.work).unlink(missing_ok=True)
-                    elif self.updates.carrier(work) is not None:
-                        with contextlib.suppress(TimeoutError):
-                            await asyncio.wait_for(self._last_word.wait(), ASK_AGAIN_S)
-        except TimeoutError:
-            self.say(f"round {work.round}: no last word on the update before; what that one left out waits")
-            return False
-        return True
-
-    async def _is_unknown(self, held: Held) -> bool:
-        """Ask about an update and take up its receipt; whether the combiner has none."""
-        await self.link.wait_until_up()
-        try:
-            receipts = await self.link.receipts([held.key])
-        except TRY_AGAIN:
-            return False
-        for receipt in receipts:
-            self._on_receipt(receipt)
-        return all(receipt.state is ReceiptState.OFFERED for receipt in receipts)
-
-    def _hold(
-        self, plan: Plan, work: Work, made: Made, local: Mapping[str, np.ndarray], *, feedback: bool
-    ) -> tuple[Held, transfer.Outgoing]:
-        """On the worker's thread. Local tensors first: a crash before the update is held repeats the round."""
-        wire, left_out = self._encode(plan, made, feedback=feedback)
-        encoding = plan.task.encoding.name
-        outgoing = encode_update(plan.base.layout_hash, wire, made.head, encoding)
-        if plan.task.kind is TaskKind.TRAIN:
-            self.folder.local.save(plan.run, plan.round, {**local, **made.local})
-        held = Held(
-            work=work,
-            attempt=plan.attempt,
-            digest=outgoing.digest,
-            layout_hash=plan.base.layout_hash,
-            vectors=outgoing.descriptor.vectors,
-            head=made.head,
-            state=ReceiptState.OFFERED,
-            made_unix_ns=time.time_ns(),
-            hold_s=plan.hold_s,
-            encoding=encoding,
-        )
-        self.updates.save(held, wire, left_out)
-        return held, outgoing
-
-    def _encode(
-        self, plan: Plan, made: Made, *, feedback: bool
-    ) -> tuple[dict[str, np.ndarray], dict[str, Float32Array] | None]:
-        """The update's wire vectors, and what they leave out, where the update carries its run's residual."""
-        encoding, groups = plan.task.update_encoding, plan.task.groups
-        residual: Mapping[str, Float32Array] | None = None
-        if feedback:
-            try:
-                residual = self.folder.residuals.load(plan.run, encoding, groups)
-            except StoreDamaged as error:
-                residual = {}
-                self.say(str(error))
-        seed = task_seed(plan.seed, plan.round, self.client)
-        return encode_with_feedback(encoding, groups, made.vectors, seed, residual)
-
-    async def _model(self, plan: Plan) -> FetchedModel:
-        known = self.site.models.known(plan)
-        model = known or await self._fetch(plan)
-        try:
-            check_groups(plan, model.layout)
-        except HierFLError as error:
-            raise _unusable(error) from None
-        return model
-
-    async def _fetch(self, plan: Plan) -> FetchedModel:
-        with observe.span(observe.SPAN_MODEL_FETCH, run=plan.run, round=plan.round, site=self.client.site):
-            fetch = partial(self.link.fetch_model, fetcher=self.site.models.fetcher(plan.base.model_hash))
-            try:
-                return await self.courier.patiently(
-                    lambda: self.site.models.get(plan, fetch), f"{round_of(plan.key)}: no model yet"
-                )
-            except NotFound as error:  # a combiner has the models of its open rounds
-                raise RoundClosed(str(error)) from None
-            except HierFLError as error:
-                raise _unusable(error) from None
-
     # ---------------------------------------------------------------- saying no
 
     async def _on_failure(self, answer: _Answer, failed: TaskFailed) -> None:
@@ -473,13 +340,3 @@ class Session:
         except HierFLError as error:
             self.say(f"{round_of(key)}: the combiner does not take the refusal: {error}")
         self.site.on_round_over(self.client, key)
-
-
-def _unusable(error: HierFLError) -> TaskFailed:
-    return TaskFailed(decline_code(error), f"the model cannot be used: {error}")
-
-
-def round_of(key: AttemptKey) -> str:
-    """A key for people: ``round 3``, ``round 3, attempt 2``, ``evaluation``."""
-    what = f"round {key.round}" if key.task is TaskKind.TRAIN else "evaluation"
-    return f"{what}, attempt {key.attempt}" if key.attempt > 1 else what
