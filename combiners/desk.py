@@ -106,6 +106,7 @@ class Desk:
             on_void=self._void,
             on_answer=self._answered,
             traffic=lambda: (self.bytes_in, self.bytes_out),
+            is_last=self._is_last,
         )
         self.line = Line(
             max_uploads=settings.max_uploads,
@@ -178,6 +179,14 @@ class Desk:
             return ClaimAnswer(key=answer.key, answer=Answer.LATER)
         return answer
 
+    def _is_last(self, claim: Claim) -> bool:
+        """Whether all who follow and are to answer this attempt have claimed: no other claim of it will come soon."""
+        attempt = self.attempts.get(claim.key.attempt)
+        if attempt is None:
+            return False
+        claiming = sum(key.attempt == claim.key.attempt for key in self._claiming)
+        return claiming + len(attempt.folding) + len(attempt.folded) >= len(self.followers.serving(attempt.plan))
+
     # ------------------------------------------------------------ IntakePort
 
     async def open(self, opening: Opening) -> None:
@@ -190,6 +199,9 @@ class Desk:
             return
         attempt = Folding(opening, Plan.from_bytes(pb.Offer.FromString(opening.offer).plan))
         self.attempts[opening.key] = attempt
+        if opening.model and attempt.plan.base.model_hash not in self._models:
+            model = Model(model_hash=attempt.plan.base.model_hash, frames=opening.model)
+            self._keep_model(model.model_hash, asyncio.create_task(_here(model)))
         offer, with_model = _offer(opening), _offer(opening, with_model=True)
         for session in self.followers.serving(attempt.plan):
             session.since_s = attempt.opened_s
@@ -476,10 +488,13 @@ class Desk:
         task = self._models.pop(model_hash, None)
         if task is None or (task.done() and (task.exception() is not None or task.result() is None)):
             task = asyncio.create_task(self._region.model(model_hash))
+        self._keep_model(model_hash, task)
+        return await asyncio.shield(task)
+
+    def _keep_model(self, model_hash: ModelHash, task: asyncio.Task[Model | None]) -> None:
         self._models[model_hash] = task
         for old in list(self._models)[:-MODELS_KEPT]:
             del self._models[old]
-        return await asyncio.shield(task)
 
     def _require_running(self) -> None:
         if self.is_stopping:
@@ -488,6 +503,11 @@ class Desk:
 
 def _offer(opening: Opening, *, with_model: bool = False) -> pb.FollowResponse:
     return pb.FollowResponse(offer=pb.Offer.FromString(opening.offer), model=opening.model if with_model else ())
+
+
+async def _here(model: Model) -> Model | None:
+    """A model that came with its attempt: nobody has to be asked for it."""
+    return model
 
 
 def _receipts_wait_s(attempt: Folding) -> float:
