@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
 from combiners.messages import Claim
@@ -85,11 +85,23 @@ class Line:
         place = self._held.get(admitted.update)
         if place is not None:
             return self._come_back(admitted, place)
-        if self._waiting or not self._has_room(admitted.length_bytes):
-            await self._wait(admitted.length_bytes)
-        else:
-            self._take(admitted.length_bytes)
+        await self._room(admitted.length_bytes)
         return self._ticket(admitted, _Place(admitted))
+
+    @asynccontextmanager
+    async def inside(self, admitted: Admitted) -> AsyncIterator[None]:
+        """Wait for room, and have it for as long as the block lasts: for what is here already, without a ticket."""
+        await self._room(admitted.length_bytes)
+        try:
+            yield
+        finally:
+            self._give_back(admitted.length_bytes)
+
+    async def _room(self, length_bytes: int) -> None:
+        if self._waiting or not self._has_room(length_bytes):
+            await self._wait(length_bytes)
+        else:
+            self._take(length_bytes)
 
     def _come_back(self, admitted: Admitted, place: _Place) -> bytes:
         place.num_on_it += 1

@@ -59,11 +59,6 @@ class Member:
         return next_receipt(staged, ReceiptEvent.CLAIM)
 
 
-def num_sites(clients: Iterable[ClientRef]) -> int:
-    """Distinct sites among ``clients``."""
-    return len({client.site for client in clients})
-
-
 class Cohort:
     """Members of one attempt by client; how many stand where is counted as they move, never looked for."""
 
@@ -90,8 +85,12 @@ class Cohort:
 
     def enough(self, clients: Iterable[ClientRef]) -> bool:
         """Whether these clients are as many, from as many sites, as the plan and the zone ask for."""
-        clients = list(clients)
-        return len(clients) >= self.plan.min_clients and num_sites(clients) >= self.k
+        sites = set[SiteId]()
+        for num_clients, client in enumerate(clients, 1):
+            sites.add(client.site)
+            if num_clients >= self.plan.min_clients and len(sites) >= self.k:
+                return True
+        return False
 
     def enough_with(self, *standings: Standing) -> bool:
         """Whether the members with one of these standings are ``enough``."""
@@ -101,13 +100,15 @@ class Cohort:
         return max(map(len, sites)) >= self.k or len(set().union(*sites)) >= self.k
 
     def outlook(self) -> Outlook:
-        """The closing rule: wait for all that are expected, and for those that went while too few are in."""
+        """The closing rule: wait for all that are expected, and for those that went while too few are in.
+
+        In is who was granted: a freeze waits for what is being folded, and what an intake lets go then is asked again.
+        """
         standing = Standing
-        if self.count(standing.CLAIMED):
-            return Outlook.WAIT
-        if self.enough_with(standing.FOLDED):
+        granted = (standing.CLAIMED, standing.FOLDED)
+        if self.enough_with(*granted):
             return Outlook.WAIT if self.count(standing.EXPECTED) else Outlook.COMPLETE
-        hoped_for = self.enough_with(standing.FOLDED, standing.EXPECTED, standing.GONE)
+        hoped_for = self.enough_with(*granted, standing.EXPECTED, standing.GONE)
         return Outlook.WAIT if hoped_for else Outlook.HOPELESS
 
     def _put(self, member: Member) -> None:

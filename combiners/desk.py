@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -35,6 +35,8 @@ from combiners.messages import (
 )
 from combiners.pacing import Pacer
 from combiners.placing import MakeShard, Placing
+from combiners.postbox import Postbox
+from combiners.sharding import held, room
 from combiners.turns import Turns
 from hierfl import documents, observe
 from hierfl.endpoints import EndpointList
@@ -62,6 +64,10 @@ RETRY_S = 0.5
 """A claim that has to wait for a seal is made again after so long, if nothing was heard."""
 RETRY_AFTER_MS = 500
 FULL = "as many clients are connected here as this combiner takes at once; come back when it says"
+SHORT_ROUND_S = 2.0
+"""After a round of at most so long receipts wait for the next offer, to go along with it, ..."""
+OFFER_COMES_WITHIN = 1.25
+"""... for so many times as long as it took."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +111,7 @@ class Desk:
             on_void=self._void,
             on_answer=self._answered,
             traffic=lambda: (self.bytes_in, self.bytes_out),
+            is_last=self._is_last,
         )
         self._pool = ThreadPoolExecutor(thread_name_prefix="fold")
         self._placing = Placing(
@@ -124,6 +131,8 @@ class Desk:
         )
         self.unfinished: Unfinished[UpdateKey] = Unfinished(settings.resume_s, staging_bytes)
         self.followers = Followers(self.link.connection)
+        self._postbox = Postbox(lambda client: self.followers.send(client, pb.FollowResponse()))
+        self._receipts_wait_s = 0.0
         self.endpoints = pb.Endpoints()
         """The region's list, as this intake was last told; kept when the incarnation ends."""
         self.endpoints_age = (0, 0)
@@ -149,6 +158,7 @@ class Desk:
     def shut(self) -> None:
         """The end: everyone is sent away."""
         self.stop_admitting()
+        self._postbox.clear()
         self.followers.end_all()
         self._pool.shutdown(wait=False)
 
@@ -171,6 +181,7 @@ class Desk:
         self._make_room_for_uploads()
         self.unfinished.drop(lambda _: True)
         self.line.clear()
+        self._postbox.clear()
         self.followers.end_all()
 
     def _answered(self, answer: ClaimAnswer) -> ClaimAnswer:
@@ -183,6 +194,14 @@ class Desk:
             self.link.report(Report(key=answer.key, outcome=Outcome.LET_GO))
             return ClaimAnswer(key=answer.key, answer=Answer.LATER)
         return answer
+
+    def _is_last(self, claim: Claim) -> bool:
+        """Whether all who follow and are to answer this attempt have claimed: no other claim of it will come soon."""
+        attempt = self.attempts.get(claim.key.attempt)
+        if attempt is None:
+            return False
+        claiming = sum(key.attempt == claim.key.attempt for key in self._claiming)
+        return claiming + len(attempt.folding) + len(attempt.folded) >= len(self.followers.serving(attempt.plan))
 
     # ------------------------------------------------------------ IntakePort
 
@@ -197,9 +216,13 @@ class Desk:
         plan = Plan.from_bytes(pb.Offer.FromString(opening.offer).plan)
         attempt = self.attempts[opening.key] = Folding(opening, plan, self._placing.place(plan))
         self._make_room_for_uploads()
+        if opening.model and plan.base.model_hash not in self._models:
+            model = Model(model_hash=plan.base.model_hash, frames=opening.model)
+            self._keep_model(model.model_hash, asyncio.create_task(_here(model)))
+        offer, with_model = _offer(opening), _offer(opening, with_model=True)
         for session in self.followers.serving(attempt.plan):
-            session.since_s = time.monotonic()
-            session.send(_offer(opening))
+            session.since_s = attempt.opened_s
+            session.send(with_model if session.takes_models else offer)
 
     def _make_room_for_uploads(self) -> None:
         """As much as is left beside the attempts that are open now."""
@@ -247,6 +270,7 @@ class Desk:
             return
         attempt.close()
         self._make_room_for_uploads()
+        self._receipts_wait_s = _receipts_wait_s(attempt)
         self.unfinished.drop(lambda update: update.attempt == key)
         withdrawal = pb.FollowResponse(withdrawal=pb.Withdrawal(key=key_to_proto(key), reason=reason))
         for session in self.followers.serving(attempt.plan):
@@ -256,7 +280,22 @@ class Desk:
 
     async def deliver(self, receipts: tuple[Receipt, ...]) -> None:
         for receipt in receipts:
-            self.followers.send(receipt.key.client, pb.FollowResponse(receipt=receipt_to_proto(receipt)))
+            client = receipt.key.client
+            sessions = self.followers.of(client)
+            if self._receipts_wait_s and sessions and all(session.takes_along for session in sessions):
+                self._postbox.put(receipt, self._receipts_wait_s)
+            else:
+                self.followers.send(client, pb.FollowResponse(receipt=receipt_to_proto(receipt)))
+
+    def complete(self, session: Session, event: pb.FollowResponse) -> pb.FollowResponse | None:
+        """An event that is about to be sent, and what waits to go along; none where that makes nothing."""
+        self.bytes_out += sum(map(len, event.model))
+        receipts = self._postbox.take(session.client) if session.takes_along else []
+        if not receipts:
+            return event if event.HasField("event") else None
+        whole = pb.FollowResponse(receipts=receipts)
+        whole.MergeFrom(event)
+        return whole
 
     # ------------------------------------------------------------ for the service
 
@@ -329,6 +368,34 @@ class Desk:
             RoundClosed: Its attempt is not open in this region.
             ValueOutOfRange, LayoutMismatch: What it announces does not fit the plan.
         """
+        found = await self._look(claim, length_bytes)
+        return await self.line.enter(Admitted(claim=claim, length_bytes=length_bytes)) if found is None else found
+
+    async def take_whole(self, claim: Claim, length_bytes: int, frames: Sequence[bytes]) -> Receipt | int:
+        """Hand in an update whose frames came with the request: it waits in line, and needs no ticket.
+
+        Raises:
+            RoundClosed, WireError: As ``admit`` and ``hand_in``.
+        """
+        found = await self._look(claim, length_bytes)
+        if found is not None:
+            return found
+        async with self.line.inside(Admitted(claim=claim, length_bytes=length_bytes)):
+            incoming = self.incoming(claim)
+            with held(incoming):
+                await room(incoming)
+                try:
+                    for frame in frames:
+                        self.bytes_in += len(frame)
+                        incoming.feed(frame)
+                    incoming.close()
+                except WireError as error:
+                    self.refused(claim.key, error)
+                    raise
+                return await self.hand_in(claim, incoming)
+
+    async def _look(self, claim: Claim, length_bytes: int) -> Receipt | int | None:
+        """What is known of an update, or when to come back; none for one to be let in."""
         self._require_running()
         attempt = self.attempts.get(claim.key.attempt)
         if attempt is None:
@@ -344,7 +411,7 @@ class Desk:
         admitted = Admitted(claim=claim, length_bytes=length_bytes)
         if self.line.is_full and not self.line.has_place(admitted):
             return RETRY_AFTER_MS
-        return await self.line.enter(admitted)
+        return None
 
     async def _ask_instead(self, claim: Claim) -> Receipt | int:
         told = await self.link.ask(claim.key)
@@ -449,20 +516,37 @@ class Desk:
         task = self._models.pop(model_hash, None)
         if task is None or (task.done() and (task.exception() is not None or task.result() is None)):
             task = asyncio.create_task(self._region.model(model_hash))
+        self._keep_model(model_hash, task)
+        return await asyncio.shield(task)
+
+    def _keep_model(self, model_hash: ModelHash, task: asyncio.Task[Model | None]) -> None:
         self._models[model_hash] = task
         needed = {attempt.plan.base.model_hash for attempt in self.attempts.values()}
         for old in list(self._models)[:-1]:
             if old not in needed:
                 del self._models[old]
-        return await asyncio.shield(task)
 
     def _require_running(self) -> None:
         if self.is_stopping:
             raise Interrupted("this combiner is stopping; connect again in a while")
 
 
-def _offer(opening: Opening) -> pb.FollowResponse:
-    return pb.FollowResponse(offer=pb.Offer.FromString(opening.offer))
+def _offer(opening: Opening, *, with_model: bool = False) -> pb.FollowResponse:
+    return pb.FollowResponse(offer=pb.Offer.FromString(opening.offer), model=opening.model if with_model else ())
+
+
+async def _here(model: Model) -> Model | None:
+    """A model that came with its attempt: nobody has to be asked for it."""
+    return model
+
+
+def _receipts_wait_s(attempt: Folding) -> float:
+    """How long receipts may wait for the next offer, after a round like this one: not at all after a long one, or
+    where clients need the last word for their next update.
+    """
+    seconds = time.monotonic() - attempt.opened_s
+    is_near = seconds <= SHORT_ROUND_S and not attempt.plan.task.update_encoding.feedback
+    return OFFER_COMES_WITHIN * seconds if is_near else 0.0
 
 
 def _staged_receipt(claim: Claim) -> Receipt:

@@ -76,6 +76,13 @@ class ClientLeft:
 
 
 @dataclass(frozen=True)
+class ClaimsAnswered:
+    """Claims of this attempt were granted, or refused: it may be complete."""
+
+    key: AttemptKey
+
+
+@dataclass(frozen=True)
 class UpdateFolded:
     incarnation: str
     key: UpdateKey
@@ -161,6 +168,7 @@ Event = (
     | IntakeVoid
     | ClientJoined
     | ClientLeft
+    | ClaimsAnswered
     | UpdateFolded
     | UpdateLetGo
     | ClientDeclined

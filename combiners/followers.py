@@ -35,6 +35,10 @@ class Session:
     queue: asyncio.Queue[pb.FollowResponse | None] = field(default_factory=lambda: asyncio.Queue(MAX_QUEUED))
     since_s: float = field(default_factory=time.monotonic)
     """When it came, or was last given something to do."""
+    takes_along: bool = False
+    """Whether the client reads receipts that come along with other events."""
+    takes_models: bool = False
+    """Whether it reads the model that comes along with an offer."""
     is_over: bool = False
     goodbye: ComeBack | None = None
     """What the stream ends with, where it is not just closed."""

@@ -86,6 +86,9 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+SMALL_MODEL_BYTES = 65_536
+"""Of frames: such a model goes along with its offer."""
+
 
 class RegionHost:
     """See the module. Implements ``RegionPort``."""
@@ -136,6 +139,8 @@ class RegionHost:
         self._handed: dict[AttemptKey, dict[str, HandOver]] = {}
         """By incarnation, of each attempt that is frozen."""
         self._waits: dict[AttemptKey, observe.Span] = {}
+        self._small_models: dict[ModelHash, tuple[bytes, ...]] = {}
+        """Frames of the last bases that go along with their offers."""
         self._settled = asyncio.Event()
 
     # ------------------------------------------------------------ life
@@ -300,7 +305,9 @@ class RegionHost:
                 observe.SPAN_CLIENT_WAIT, parent=offer.traceparent, **_attributes(instruction.key), region=self.name
             )
         offer.traceparent = self._waits[instruction.key].traceparent or offer.traceparent
-        opening = Opening(key=instruction.key, offer=offer.SerializeToString())
+        attempt = self.region.attempts.get(instruction.key)
+        model = self._small_models.get(attempt.plan.base.model_hash, ()) if attempt is not None else ()
+        opening = Opening(key=instruction.key, offer=offer.SerializeToString(), model=model)
         self.reception.at_intakes(lambda port: port.open(opening))
 
     def _close(self, key: AttemptKey, reason: Reason) -> None:
@@ -327,12 +334,19 @@ class RegionHost:
         base = instruction.plan.base
         try:
             with observe.remote_parent(self._traceparent(instruction.plan.key)):
-                await self.models.get(base.model_hash, base.layout_hash, base.size_bytes, base.digest)
+                model = await self.models.get(base.model_hash, base.layout_hash, base.size_bytes, base.digest)
         except HierFLError as error:
             logger.error("%s: its base model cannot be had: %s", instruction.plan.key, error)
             self.apply(ModelFailed(instruction.plan.key, Reason.STORAGE))
             return
+        self._keep_small(model)
         self.apply(ModelReady(instruction.plan.key))
+
+    def _keep_small(self, model: Model) -> None:
+        if sum(map(len, model.frames)) <= SMALL_MODEL_BYTES:
+            self._small_models[model.model_hash] = tuple(map(bytes, model.frames))
+        for old in list(self._small_models)[: -self.settings.capacity]:
+            del self._small_models[old]
 
     def _traceparent(self, key: AttemptKey) -> str:
         attempt = self.region.attempts.get(key)

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import ssl
-from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any, TypeVar
 
 import grpc
 from cryptography import x509
@@ -38,9 +39,12 @@ __all__ = ["IntakeHost", "reachable"]
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 MAX_APPS = 64
 MAX_NAME = 200
 MAX_KEYS = 1000
+LEAVES_KEPT = 16_384
 HELLO_NAME = "the combiner"
 WILDCARDS = ("0.0.0.0", "[::]", "*")  # noqa: S104 - not bound here: they are no address to dial
 
@@ -143,7 +147,7 @@ class _ClientService:
 
     def __init__(self, desk: Desk) -> None:
         self._desk = desk
-        self._handing_in: set[asyncio.Task[Receipt]] = set()
+        self._handing_in: set[asyncio.Task[Any]] = set()
 
     async def Hello(self, request: pb.HelloRequest, context: Any) -> pb.HelloResponse:  # noqa: N802 - the RPC's name
         return rpc.answer_hello(request, HELLO_NAME)
@@ -159,13 +163,15 @@ class _ClientService:
             if newer is not None:
                 yield pb.FollowResponse(endpoints=newer)  # there may be room where it belongs
             raise
+        session.takes_along, session.takes_models = request.takes_receipts_along, request.takes_models_along
         try:
             welcome = pb.Welcome(incarnation=incarnation, endpoints=newer, intake=self._desk.name)
             yield pb.FollowResponse(welcome=welcome)
             for offer in self._desk.offers(lambda plan: serves(apps, plan)):
                 yield offer
             while (event := await session.queue.get()) is not None:
-                yield event
+                if (whole := self._desk.complete(session, event)) is not None:
+                    yield whole
             if session.goodbye is not None:
                 raise session.goodbye
         finally:
@@ -179,32 +185,18 @@ class _ClientService:
         statement = update_statement(key, request.digest, request.weight)
         verify(_leaf(context), request.signature, statement, UPDATE_CONTEXT)
         claim = Claim(key=key, digest=request.digest, weight=request.weight, signature=request.signature)
-        answer = await self._desk.admit(claim, request.length_bytes)
-        if isinstance(answer, bytes) and request.update:
-            answer = await self._take_whole(request.update, answer, context)
+        with observe.remote_parent(context.invocation_metadata()):
+            if request.update:
+                work = self._desk.take_whole(claim, request.length_bytes, request.update)
+                answer: bytes | Receipt | int = await self._to_the_end(work)
+            else:
+                answer = await self._desk.admit(claim, request.length_bytes)
         if isinstance(answer, bytes):
             return pb.AdmitResponse(ticket=answer)
         if isinstance(answer, Receipt):
             self._desk.answered(key)
             return pb.AdmitResponse(receipt=receipt_to_proto(answer))
         return pb.AdmitResponse(retry_after_ms=answer)
-
-    async def _take_whole(self, frames: Sequence[bytes], ticket: bytes, context: Any) -> Receipt:
-        """An update that came with its request: it uses the ticket that it would have got."""
-        with observe.remote_parent(context.invocation_metadata()), self._desk.line.upload(ticket) as admitted:
-            claim = admitted.claim
-            incoming = self._desk.incoming(claim)
-            with held(incoming):
-                await room(incoming)
-                try:
-                    for frame in frames:
-                        self._desk.bytes_in += len(frame)
-                        incoming.feed(frame)
-                    incoming.close()
-                except WireError as error:
-                    self._desk.refused(claim.key, error)
-                    raise
-                return await self._hand_in(claim, incoming)
 
     async def Upload(self, frames: rpc.Frames, context: Any) -> pb.UploadResponse:  # noqa: N802
         silence_s = self._desk.settings.silence_s
@@ -220,14 +212,13 @@ class _ClientService:
             incoming = self._desk.incoming(claim)
             with held(incoming):
                 await self._receive(first, frames, claim, incoming, header.ticket_bytes)
-                receipt = await self._hand_in(claim, incoming)
+                receipt = await self._to_the_end(self._desk.hand_in(claim, incoming), hold(incoming))
         self._desk.answered(claim.key)
         return pb.UploadResponse(receipt=receipt_to_proto(receipt))
 
-    async def _hand_in(self, claim: Claim, incoming: Incoming) -> Receipt:
+    async def _to_the_end(self, work: Coroutine[Any, Any, T], let_go: Callable[[], None] = lambda: None) -> T:
         """A client that hangs up now does not undo what the Region may have granted already."""
-        let_go = hold(incoming)
-        task = asyncio.ensure_future(self._desk.hand_in(claim, incoming))
+        task = asyncio.ensure_future(work)
         self._handing_in.add(task)
         task.add_done_callback(self._handing_in.discard)
         task.add_done_callback(lambda _: let_go())
@@ -323,5 +314,9 @@ def _apps(request: pb.FollowRequest) -> tuple[App, ...]:
 
 def _leaf(context: Any) -> x509.Certificate:
     """The caller's leaf; the interceptor has checked it."""
-    pem = context.auth_context()["x509_pem_cert"][0]
+    return _read_leaf(context.auth_context()["x509_pem_cert"][0])
+
+
+@functools.lru_cache(maxsize=LEAVES_KEPT)
+def _read_leaf(pem: bytes) -> x509.Certificate:
     return x509.load_der_x509_certificate(ssl.PEM_cert_to_DER_cert(pem.decode("ascii")))

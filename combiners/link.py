@@ -45,6 +45,7 @@ class RegionLink:
         on_void: Callable[[], None],
         on_answer: Callable[[ClaimAnswer], ClaimAnswer],
         traffic: Callable[[], tuple[int, int]],
+        is_last: Callable[[Claim], bool] = lambda claim: False,
     ) -> None:
         """
         Args:
@@ -53,10 +54,11 @@ class RegionLink:
             on_void: The incarnation is over; nothing of it counts.
             on_answer: Sees each answer to a claim before its waiter does, and may turn it.
             traffic: Payload bytes (in, out) since the incarnation began.
+            is_last: Whether no other claim is to be waited for, so that this one goes at once.
         """
         self._region = region
         self._on_registered, self._on_void, self._on_answer = on_registered, on_void, on_answer
-        self._traffic = traffic
+        self._traffic, self._is_last = traffic, is_last
         self._connections: list[Connection] = []
         self._reports: list[Report] = []
         self._claims: Waiting[Claim] = deque()
@@ -131,7 +133,8 @@ class RegionLink:
             except TimeoutError:
                 pass
             else:
-                await asyncio.sleep(COALESCE_S)
+                if not (self._claims and self._is_last(self._claims[-1][0])):
+                    await asyncio.sleep(COALESCE_S)
             if self._is_over:
                 return
             self._wake.clear()

@@ -136,10 +136,14 @@ class TickReply:
 
 @dataclass(frozen=True, kw_only=True)
 class Opening:
-    """An attempt as an intake needs it: the offer's exact bytes (protobuf), for its clients and itself."""
+    """An attempt as an intake needs it: the offer's exact bytes (protobuf), for its clients and itself.
+
+    ``model``: the frames of its base model, where they are small enough to go along with the offer.
+    """
 
     key: AttemptKey
     offer: bytes
+    model: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,12 +10,13 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, Protocol
 
 from combiners.cohort import Standing
 from combiners.directory import Directory
 from combiners.events import (
+    ClaimsAnswered,
     ClientDeclined,
     ClientJoined,
     ClientLeft,
@@ -152,11 +153,20 @@ class Reception:
         events = [*self._connection_events(incarnation, tick), *(_event_of(incarnation, one) for one in tick.reports)]
         if events:
             self._shell.apply(*events)
-        answers = [await self._answer(incarnation, claim) for claim in tick.claims]
+        answers = await self._answers(incarnation, tick.claims)
         told = [await self._told(key) for key in tick.asks]
         if answers:
             reach("region.claim")
         return TickReply(known=True, answers=tuple(answers), told=tuple(told))
+
+    async def _answers(self, incarnation: str, claims: Sequence[Claim]) -> list[ClaimAnswer]:
+        """The store is asked once for all; then their attempts may be complete."""
+        if not claims:
+            return []
+        known = await self._shell.on_disk(self._shell.store.receipts_of, [claim.key for claim in claims])
+        answers = [await self._answer(incarnation, claim, known.get(claim.key)) for claim in claims]
+        self._shell.apply(*(ClaimsAnswered(key) for key in {claim.key.attempt for claim in claims}))
+        return answers
 
     def _connection_events(self, incarnation: str, tick: Tick) -> list[Event]:
         events: list[Event] = []
@@ -169,11 +179,10 @@ class Reception:
                 events.append(ClientLeft(incarnation=incarnation, client=one.client))
         return events
 
-    async def _answer(self, incarnation: str, claim: Claim) -> ClaimAnswer:
+    async def _answer(self, incarnation: str, claim: Claim, known: Receipt | None) -> ClaimAnswer:
         """A refusal for good is a receipt, durable before it is said. What has its last word, or is sealed, is asked
         no more, though the attempt is offered again after a restart.
         """
-        known = await self._shell.on_disk(self._shell.store.receipt, claim.key)
         if known is not None:
             self._shell.apply(ClientDeclined(claim.key))
             return self._as_it_is(known)

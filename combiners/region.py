@@ -19,6 +19,7 @@ from combiners.events import (
     Abstain,
     AskAgain,
     AttemptOver,
+    ClaimsAnswered,
     ClientDeclined,
     ClientJoined,
     ClientLeft,
@@ -163,6 +164,8 @@ class Region:
                 self._join(event)
             case ClientLeft():
                 self._leave(event.incarnation, event.client)
+            case ClaimsAnswered():
+                self._touched.add(event.key)
             case UpdateFolded():
                 self._cohort(event.key, lambda cohort: cohort.fold(event.incarnation, event.key.client))
             case UpdateLetGo():

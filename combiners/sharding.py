@@ -158,7 +158,7 @@ class ShardedSums:
     """See the module."""
 
     def __init__(self, plan: Plan, shards: Shards, count: int) -> None:
-        self._plan, self._shards = plan, shards
+        self._plan, self._shards, self.is_instant = plan, shards, False
         self._division = Division(plan.task.update_encoding, plan.task.groups, count)
         self.key = plan.key
         self.ports = shards.first(count)

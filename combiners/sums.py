@@ -26,6 +26,9 @@ INLINE_VALUES = 16_384
 class Sums(Protocol):
     """One attempt's. ``fold`` and ``hand_over`` are never under way at once."""
 
+    is_instant: bool
+    """Whether a fold takes less time than a thread, or a span, would cost: it ends without waiting."""
+
     def incoming(self, digest: str) -> Incoming:
         """What receives one of its updates."""
         ...
@@ -55,12 +58,13 @@ class OwnSums:
     """In an accumulator of this process."""
 
     def __init__(self, plan: Plan, pool: Executor) -> None:
-        self._plan, self._pool = plan, pool
+        self._plan, self._pool, self._expect = plan, pool, expect_update(plan)
+        self.is_instant = sum(group.num_values for group in plan.task.groups) < INLINE_VALUES
         self._accumulator: Accumulator | None = None
         """Made by the first fold, in its thread: writing its memory takes as long as a fold."""
 
     def incoming(self, digest: str) -> Incoming:
-        return Incoming(expect_update(self._plan, digest))
+        return Incoming(replace(self._expect, digest=digest))
 
     async def check(self, incoming: Incoming, weight: int) -> UpdateHead:
         if incoming.descriptor.length_bytes < INLINE_BYTES:
@@ -69,7 +73,7 @@ class OwnSums:
         return await loop.run_in_executor(self._pool, check_update, incoming, self._plan, weight)
 
     async def fold(self, incoming: Incoming, weight: int, metrics: Mapping[str, int]) -> None:
-        if sum(group.num_values for group in self._plan.task.groups) < INLINE_VALUES:
+        if self.is_instant:
             self._fold(incoming, weight, metrics)
         else:
             loop = asyncio.get_running_loop()

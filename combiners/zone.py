@@ -250,6 +250,10 @@ class ZoneStore:
         )
         return self._receipt(rows[0]) if rows else None
 
+    def receipts_of(self, keys: Iterable[UpdateKey]) -> dict[UpdateKey, Receipt]:
+        """What is durably known of any of these updates."""
+        return {key: receipt for key in keys if (receipt := self.receipt(key)) is not None}
+
     def _receipt(self, row: Sequence[object]) -> Receipt:
         run, task, round_number, attempt, site, client, digest, state, version, reason = row
         ref = ClientRef(self._region, SiteId(str(site)), ClientId(str(client)))

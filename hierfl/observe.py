@@ -24,14 +24,15 @@ from __future__ import annotations
 import hashlib
 import re
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from hierfl.errors import HierFLError
 
 if TYPE_CHECKING:
+    from contextvars import Token
+
     from opentelemetry.context import Context
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.trace import Span as OtelSpan
@@ -187,6 +188,9 @@ class _Tracing:
     """What ``configure`` made; its absence is what makes everything else a no-op."""
 
     def __init__(self, provider: TracerProvider, trace_ids: RoundIds) -> None:
+        from opentelemetry import context, trace
+
+        self.context, self.trace = context, trace
         self.provider = provider
         self.tracer: Tracer = provider.get_tracer("hierfl")
         self.trace_ids = trace_ids
@@ -253,8 +257,7 @@ def begin(name: str, *, parent: str = "", **attributes: Value | None) -> Span:
 def _begin(name: str, parent: str, attributes: dict[str, Value | None]) -> Span:
     if _tracing is None:
         return Span()
-    from opentelemetry import context, trace
-
+    context, trace = _tracing.context, _tracing.trace
     base = (_remote_context(parent, server=False) if parent else None) or context.get_current()
     over = trace.get_current_span(base).get_span_context()
     if name == SPAN_ROUND and not over.is_valid:
@@ -265,47 +268,57 @@ def _begin(name: str, parent: str, attributes: dict[str, Value | None]) -> Span:
     return Span(recorded, trace.set_span_in_context(recorded, base))
 
 
-@contextmanager
-def span(name: str, **attributes: Value | None) -> Iterator[Span]:
+class span:  # noqa: N801 - reads as a call where it is used
     """A span around a block, current inside it; an exception goes through and leaves its code."""
-    opened = _begin(name, "", attributes)
-    try:
-        with under(opened):
-            yield opened
-    except BaseException as error:
-        opened.end(error)
-        raise
-    opened.end()
+
+    __slots__ = ("_attributes", "_name", "_opened", "_token")
+
+    def __init__(self, name: str, **attributes: Value | None) -> None:
+        self._name, self._attributes = name, attributes
+
+    def __enter__(self) -> Span:
+        self._opened = _begin(self._name, "", self._attributes)
+        self._token = _attach(self._opened._context)
+        return self._opened
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        _detach(self._token)
+        self._opened.end(error)
 
 
-@contextmanager
-def under(parent: Span) -> Iterator[None]:
+class under:  # noqa: N801 - as above
     """Make a span that was begun elsewhere the current one."""
-    with _attached(parent._context):
-        yield
+
+    __slots__ = ("_context", "_token")
+
+    def __init__(self, parent: Span) -> None:
+        self._context = parent._context
+
+    def __enter__(self) -> None:
+        self._token = _attach(self._context)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        _detach(self._token)
 
 
-@contextmanager
-def remote_parent(source: str | Iterable[tuple[str, str | bytes]] | None) -> Iterator[None]:
+class remote_parent(under):  # noqa: N801 - as above
     """Make the caller's span the current one: from RPC metadata, or from an offer's ``traceparent``.
 
     What is missing or malformed is ignored: a peer's header can spoil its own trace and nothing else.
     """
-    if _tracing is None or not source:
-        yield
-        return
-    text = source if isinstance(source, str) else _from_metadata(source)
-    with _attached(_remote_context(text, server=not isinstance(source, str))):
-        yield
+
+    __slots__ = ()
+
+    def __init__(self, source: str | Iterable[tuple[str, str | bytes]] | None) -> None:
+        self._context = None
+        if _tracing is not None and source:
+            text = source if isinstance(source, str) else _from_metadata(source)
+            self._context = _remote_context(text, server=not isinstance(source, str))
 
 
 def traceparent() -> str:
     """The current span as a W3C ``traceparent``; empty where there is none."""
-    if _tracing is None:
-        return ""
-    from opentelemetry import trace
-
-    return _format(trace.get_current_span())
+    return "" if _tracing is None else _format(_tracing.trace.get_current_span())
 
 
 def inject() -> tuple[tuple[str, str], ...]:
@@ -314,30 +327,32 @@ def inject() -> tuple[tuple[str, str], ...]:
     return ((TRACEPARENT, current),) if current else ()
 
 
-@contextmanager
-def _attached(context: Context | None) -> Iterator[None]:
-    if context is None:
-        yield
-        return
-    from opentelemetry.context import attach, detach
+def _attach(context: Context | None) -> Token[Context] | None:
+    """Make a context the current one; what ``_detach`` takes to undo it."""
+    if context is None or _tracing is None:
+        return None
+    token: Token[Context] = _tracing.context.attach(context)
+    return token
 
-    token = attach(context)
-    try:
-        yield
-    finally:
-        detach(token)
+
+def _detach(token: Token[Context] | None) -> None:
+    if token is None:
+        return
+    from opentelemetry import context  # recording may have stopped meanwhile
+
+    context.detach(token)
 
 
 def _remote_context(text: str, *, server: bool) -> Context | None:
     """Context whose current span is the remote one; ``None`` for what is no traceparent."""
-    from opentelemetry import context, trace
-
     found = _TRACEPARENT.fullmatch(text)
-    if found is None:
+    if found is None or _tracing is None:
         return None
+    context, trace = _tracing.context, _tracing.trace
     remote = trace.SpanContext(int(found[1], 16), int(found[2], 16), is_remote=True, trace_flags=trace.TraceFlags(1))
     base = trace.set_span_in_context(trace.NonRecordingSpan(remote), context.get_current())
-    return context.set_value(_KIND, trace.SpanKind.SERVER if server else trace.SpanKind.CONSUMER, base)
+    made: Context = context.set_value(_KIND, trace.SpanKind.SERVER if server else trace.SpanKind.CONSUMER, base)
+    return made
 
 
 def _kind(base: Context, *, remote: bool) -> SpanKind:

@@ -15,6 +15,7 @@ import hashlib
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,9 @@ from hierfl.types import AttemptKey, ModelHash, RunId, TaskKind
 from hierfl.wire import transfer
 
 __all__ = ["Held", "HeldUpdates", "LocalTensors", "Work", "encode_update"]
+
+SMALL_BYTES = 65_536
+"""An update of that size is encoded once, for its digest and for sending; a larger one chunk by chunk as it is sent."""
 
 KEEP_LOCAL_ROUNDS = 2
 """Of local tensors: the round before this one, in case this one is asked again, and this one."""
@@ -58,7 +62,7 @@ class Work:
             task_hash=plan.task.hash,
         )
 
-    @property
+    @cached_property
     def id(self) -> str:
         """A file name for it: 32 hex digits of a SHA-256."""
         return hashlib.sha256(documents.encode(self)).hexdigest()[:32]
@@ -232,7 +236,8 @@ def encode_update(
     layout_hash: str, vectors: Mapping[str, np.ndarray], head: UpdateHead, encoding: str = "float32"
 ) -> transfer.Outgoing:
     """An update as a transfer, from its wire vectors: equal values and head give equal bytes and digest."""
-    return transfer.Outgoing("update", layout_hash, vectors, documents.encode(head), encoding, keeps_copy=False)
+    is_small = sum(vector.nbytes for vector in vectors.values()) <= SMALL_BYTES
+    return transfer.Outgoing("update", layout_hash, vectors, documents.encode(head), encoding, keeps_copy=is_small)
 
 
 class LocalTensors:

@@ -70,7 +70,9 @@ class Link:
         apps: Sequence[tuple[str, str]],
         intakes: Intakes,
         say: Say,
+        *,
         dialling: asyncio.Semaphore | None = None,
+        takes_models_along: bool = False,
     ) -> None:
         """
         Args:
@@ -79,6 +81,7 @@ class Link:
             intakes: What the client knows of its region's intakes.
             say: Takes a sentence for the site's administrator.
             dialling: Held while it dials; shared by the clients of a process.
+            takes_models_along: Whether small models are to come along with offers, for no other client fetches them.
         Raises:
             ConfigError: The kit is not a client's, or names no address.
         """
@@ -87,6 +90,7 @@ class Link:
         self.is_idle = asyncio.Event()
         """Set by the client while it has nothing to do: the only time at which it moves to another intake."""
         self.is_idle.set()
+        self._takes_models_along = takes_models_along
         self._apps = [pb.App(name=name, version=version) for name, version in apps]
         self._intakes, self._listed = intakes, asyncio.Event()
         self._is_moving = False
@@ -127,14 +131,20 @@ class Link:
 
     async def _follow(self, stub: Any, target: Target) -> AsyncIterator[pb.FollowResponse]:
         epoch, version = self._intakes.age
-        stream = stub.Follow(pb.FollowRequest(apps=self._apps, endpoints_epoch=epoch, endpoints_version=version))
+        request = pb.FollowRequest(
+            apps=self._apps,
+            endpoints_epoch=epoch,
+            endpoints_version=version,
+            takes_receipts_along=True,
+            takes_models_along=self._takes_models_along,
+        )
+        stream = stub.Follow(request)
         homing: asyncio.Task[None] | None = None
         try:
             async for event in stream:
                 kind = event.WhichOneof("event")
                 if kind == "endpoints":
                     self._take_list(event.endpoints)
-                    continue
                 if kind == "welcome":
                     self._welcomed(stub, target, event.welcome)
                     homing = homing or asyncio.create_task(self._homing(stream, event.welcome.intake or target.name))

@@ -6,7 +6,8 @@ Only what has the hash that a signed plan names is kept, so it does not matter w
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from weakref import WeakValueDictionary
 
@@ -15,12 +16,14 @@ import numpy as np
 from hierfl.client.app import App
 from hierfl.client.params import call_init, check_app_model
 from hierfl.client.work import failing_with
+from hierfl.errors import WireError
 from hierfl.layout import Layout
 from hierfl.plan import Plan
 from hierfl.types import Float32Array, ModelHash
 from hierfl.wire import transfer
 from hierfl.wire.delta import Base, Bases
 from hierfl.wire.fetch import Fetched, Fetcher
+from hierfl.wire.models import check_model
 
 __all__ = ["FetchedModel", "ModelCache", "OwnModels"]
 
@@ -52,6 +55,29 @@ class ModelCache:
             fetcher = self._fetchers[model_hash] = Fetcher(keeps_frames=False)
         return fetcher
 
+    def known(self, plan: Plan) -> FetchedModel | None:
+        """The model that the plan starts from, if it is here."""
+        return self._models.get(plan.base.model_hash)
+
+    def take(self, plan: Plan, frames: Sequence[bytes]) -> None:
+        """Keep a small model that came along with its offer; one that is not the plan's is fetched later.
+
+        It is checked on the event loop, in less time than a thread would cost.
+        """
+        wanted = plan.base.model_hash
+        if not frames or wanted in self._models:
+            return
+        incoming = transfer.Incoming(_expected(plan), keeps_frames=False)
+        with suppress(WireError):
+            for frame in frames:
+                incoming.feed(frame)
+            incoming.close()
+            if incoming.digest != plan.base.digest:
+                check_model(incoming, wanted)
+            self._models[wanted] = _taken(Fetched(incoming))
+            self._locks.setdefault(wanted, asyncio.Lock())
+        self._forget_oldest(KEEP_MODELS)
+
     async def get(self, plan: Plan, fetch: Callable[[str, transfer.Expect, Bases], Awaitable[Fetched]]) -> FetchedModel:
         """The model that the plan starts from; whole, or as a difference to one that is here.
 
@@ -61,11 +87,8 @@ class ModelCache:
         wanted = plan.base.model_hash
         async with self._locks.setdefault(wanted, asyncio.Lock()):
             if wanted not in self._models:
-                expect = transfer.Expect(
-                    "model", plan.base.layout_hash, None, plan.base.size_bytes, vouched=plan.base.digest
-                )
                 self._forget_oldest(KEEP_MODELS - 1)
-                fetched = await fetch(wanted, expect, self._bases(plan.base.layout_hash))
+                fetched = await fetch(wanted, _expected(plan), self._bases(plan.base.layout_hash))
                 self._models[wanted] = await asyncio.to_thread(_taken, fetched)
             model = self._models[wanted] = self._models.pop(wanted)  # the newest last
         self._forget_oldest(KEEP_MODELS)
@@ -81,6 +104,11 @@ class ModelCache:
             del self._models[old]
             if not self._locks[old].locked():
                 del self._locks[old]
+
+
+def _expected(plan: Plan) -> transfer.Expect:
+    base = plan.base
+    return transfer.Expect("model", base.layout_hash, None, base.size_bytes, vouched=base.digest)
 
 
 def _base(model: FetchedModel) -> Base:

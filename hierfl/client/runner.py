@@ -19,7 +19,8 @@ from hierfl import buffers, observe
 from hierfl.client.app import App
 from hierfl.client.link import checked
 from hierfl.client.offers import SitePolicy
-from hierfl.client.session import Session, Site
+from hierfl.client.session import Session
+from hierfl.client.site import Site
 from hierfl.client.worker import Worker
 from hierfl.errors import ConfigError, Interrupted
 from hierfl.pki import Kit
@@ -93,7 +94,7 @@ async def serve(
         raise ConfigError("--kit", None, "is needed: the folder that `hierfl provision site` made for this client")
     worker = Worker(workers)
     countdown = _Countdown(len(kits), max_rounds)
-    site = Site(policy, site_config, worker, say, countdown.count)
+    site = Site(policy, site_config, worker, say, countdown.count, takes_models_along=len(kits) == 1)
     sessions: list[Session] = []
     try:
         for kit in kits:

@@ -7,34 +7,27 @@ or find the update held; hand it in; the receipts that follow come on the link.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import time
 import traceback
-from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import Enum
-from functools import partial
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from hierfl import observe
 from hierfl.client.courier import TRY_AGAIN, Courier
 from hierfl.client.folder import ClientFolder
-from hierfl.client.held import Held, Work, encode_update
+from hierfl.client.held import Held, Work
 from hierfl.client.intakes import Intakes
-from hierfl.client.link import DIALS_AT_ONCE, Link, checked
-from hierfl.client.models import FetchedModel, ModelCache, OwnModels
-from hierfl.client.offers import SitePolicy, accept, check_groups, decline_code
+from hierfl.client.link import Link, checked
+from hierfl.client.making import Maker
+from hierfl.client.offers import accept, decline_code
 from hierfl.client.receiptlog import HELD_TOO_LONG, UNKNOWN_THERE, receipt_of
-from hierfl.client.residuals import encode_with_feedback
-from hierfl.client.work import Made, TaskFailed, do_task
-from hierfl.client.worker import Worker
+from hierfl.client.site import Site, round_of
+from hierfl.client.work import TaskFailed
 from hierfl.errors import (
     HierFLError,
-    NotFound,
     RoundClosed,
     StaleEpoch,
     StorageError,
@@ -43,39 +36,21 @@ from hierfl.errors import (
 )
 from hierfl.failpoints import reach
 from hierfl.pki import Kit
-from hierfl.plan import Plan, task_seed
+from hierfl.plan import Plan
 from hierfl.receipts import Reason, Receipt, ReceiptState
-from hierfl.types import AttemptKey, ClientRef, Float32Array, RunId, TaskKind
+from hierfl.types import AttemptKey, RunId
 from hierfl.wire import hierfl_pb2 as pb
 from hierfl.wire import transfer
 from hierfl.wire.convert import key_from_proto
 
-__all__ = ["Session", "Site"]
+__all__ = ["Session"]
 
 _FINAL_REASONS = frozenset({Reason.INVALID, Reason.DIGEST_CONFLICT, Reason.RUN_CANCELLED, Reason.RUN_FAILED})
 """Not counted, and no later attempt at the same work can change that."""
 _RUN_OVER = frozenset({Reason.RUN_CANCELLED, Reason.RUN_FAILED})
 
-RESIDUAL_WAIT_S = 10.0
-"""So long an update with error feedback waits for the last word on the one before; then it goes without."""
-ASK_AGAIN_S = 0.5
 SYNC_AFTER_S = 1.0
 """Last words that come within so long of each other reach the disk together."""
-
-
-@dataclass(frozen=True)
-class Site:
-    """What the clients of one process share."""
-
-    policy: SitePolicy
-    site_config: Mapping[str, str]
-    worker: Worker
-    say: Callable[[str], None]
-    on_round_over: Callable[[ClientRef, AttemptKey], None] = lambda client, key: None
-    """Called when a client has nothing more to do for a round: last word, or declined."""
-    dialling: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(DIALS_AT_ONCE))
-    models: ModelCache = field(default_factory=ModelCache)
-    own_models: OwnModels = field(default_factory=OwnModels)
 
 
 class _Stage(Enum):
@@ -97,6 +72,10 @@ class _Answer:
     """The same offer came once more: what was handed in meanwhile may have been lost."""
     task: asyncio.Task[None] | None = None
 
+    def start(self) -> None:
+        """User code begins: it cannot be called back."""
+        self.stage = _Stage.WORKING
+
 
 class Session:
     """See the module. One certificate, one folder, one link."""
@@ -113,13 +92,15 @@ class Session:
         app = site.policy.app
         self.folder = ClientFolder(directory, self.client)
         intakes = Intakes(kit, self.folder.path / "endpoints", self.say)
-        self.link = Link(kit, [(app.name, app.version)], intakes, self.say, site.dialling)
+        apps = [(app.name, app.version)]
+        along = site.takes_models_along
+        self.link = Link(kit, apps, intakes, self.say, dialling=site.dialling, takes_models_along=along)
         self.courier = Courier(self.link, self.say)
         self.updates = self.folder.updates
         self._answers: dict[Work, _Answer] = {}
         self._newest_round: dict[RunId, int] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._last_word = asyncio.Event()
+        self._maker = Maker(site, self.folder, self.link, self.courier, self.say, self._on_receipt)
         self._syncing: asyncio.Task[None] | None = None
         self._drop_expired()
         if len(self.updates):
@@ -133,7 +114,7 @@ class Session:
         """Serve until cancelled."""
         try:
             async for event in self.link.events():
-                await self._on_event(event)
+                self._on_event(event)
         finally:
             for task in list(self._tasks):
                 task.cancel()
@@ -158,17 +139,23 @@ class Session:
 
     # ---------------------------------------------------------------- events
 
-    async def _on_event(self, event: pb.FollowResponse) -> None:
+    def _on_event(self, event: pb.FollowResponse) -> None:
+        for receipt in event.receipts:
+            self._on_message("receipt", receipt)
         kind = event.WhichOneof("event")
+        if kind is not None:
+            self._on_message(kind, getattr(event, kind), event.model)
+
+    def _on_message(self, kind: str, message: Any, model: Sequence[bytes] = ()) -> None:
         try:
             if kind == "welcome":
                 self._spawn(self._ask_for_receipts())
             elif kind == "offer":
-                self._on_offer(event.offer)
+                self._on_offer(message, model)
             elif kind == "receipt":
-                self._on_receipt(self.link.receipt(event.receipt))
+                self._on_receipt(self.link.receipt(message))
             elif kind == "withdrawal":
-                self._on_withdrawal(key_from_proto(event.withdrawal.key), event.withdrawal.reason)
+                self._on_withdrawal(key_from_proto(message.key), message.reason)
         except (WireError, StorageError) as error:
             self.say(f"a message of the combiner ({kind}) was not taken up: {error}")
 
@@ -185,7 +172,7 @@ class Session:
         except HierFLError as error:
             self.say(f"what became of the updates held here is not known yet: {error}")
 
-    def _on_offer(self, offer: pb.Offer) -> None:
+    def _on_offer(self, offer: pb.Offer, model: Sequence[bytes]) -> None:
         try:
             plan = accept(offer, self.link.kit, self.site.policy, self.folder.leader_epoch, datetime.now(UTC))
             self.folder.raise_epoch(offer.leader_epoch)
@@ -197,6 +184,7 @@ class Session:
             self._spawn(self._decline(key_from_proto(offer.key), code))
         else:
             self._forget_earlier(plan)
+            self.site.models.take(plan, model)
             self._take_up(plan, offer.traceparent)
 
     def _take_up(self, plan: Plan, traceparent: str) -> None:
@@ -236,7 +224,7 @@ class Session:
         if receipt.reason in _RUN_OVER:
             self.folder.residuals.drop(held.work.run)
         if state.is_last_word:
-            self._last_word.set()
+            self._maker.heard_last_word()
             self.site.on_round_over(self.client, held.key)
 
     def _log(self, held: Held, state: ReceiptState, *, version: int = 0, reason: str = "") -> None:
@@ -285,7 +273,7 @@ class Session:
     async def _ask_what_became_of(self, held: Held) -> None:
         """Of an earlier round's update: what the region neither sealed nor refused, it never will."""
         try:
-            is_unknown = await self._is_unknown(held)
+            is_unknown = await self._maker.is_unknown(held)
         except HierFLError as error:
             self.say(f"{round_of(held.key)}: what became of its update is not known yet: {error}")
             return
@@ -328,7 +316,7 @@ class Session:
         if held is None or outgoing is None:
             if await self._is_known(answer.plan):
                 return
-            held, outgoing = await self._make(work, answer)
+            held, outgoing = await self._maker.make(answer.plan, answer.start)
         answer.stage = _Stage.HANDING_IN
         if answer.withdrawn:
             self.say(f"{round_of(held.key)}: kept, in case the round is tried again")
@@ -365,109 +353,6 @@ class Session:
             self.say(f"{round_of(plan.key)}: the combiner has this client's update already ({known.state})")
         return known is not None
 
-    async def _make(self, work: Work, answer: _Answer) -> tuple[Held, transfer.Outgoing]:
-        """Fetch, train, hold. The update is durable when this returns."""
-        plan, site = answer.plan, self.site
-        model = await self._fetch(plan)
-        feedback = plan.task.update_encoding.feedback and await self._settle(work)
-
-        def started() -> None:
-            answer.stage = _Stage.WORKING
-            self.say(f"{round_of(plan.key)}: {'training' if plan.task.kind is TaskKind.TRAIN else 'evaluating'}")
-
-        def make() -> tuple[Made, Held, transfer.Outgoing]:
-            first = site.own_models.local_of(site.policy.app, plan, model.layout)
-            local = {**first, **self.folder.local.load(plan.run, plan.round)}
-            made = do_task(site.policy.app, plan, model.layout, model.vectors, local, site.site_config, self.client)
-            return made, *self._hold(plan, work, made, local, feedback=feedback)
-
-        made, held, outgoing = await site.worker.run(make, started)
-        self.say(f"{round_of(plan.key)}: {'; '.join(made.said) or 'nothing to evaluate here'}")
-        return held, outgoing
-
-    async def _settle(self, work: Work) -> bool:
-        """Wait for the last word on the update that carries the run's residual; whether there is no such update now.
-
-        The run has moved on, so the word is there, or near: what the combiner does not know will not be counted.
-        """
-        try:
-            async with asyncio.timeout(RESIDUAL_WAIT_S):
-                while (carrier := self.updates.carrier(work)) is not None:
-                    self._last_word.clear()
-                    if await self._is_unknown(carrier):
-                        self.updates.residual(carrier.work).unlink(missing_ok=True)
-                    elif self.updates.carrier(work) is not None:
-                        with contextlib.suppress(TimeoutError):
-                            await asyncio.wait_for(self._last_word.wait(), ASK_AGAIN_S)
-        except TimeoutError:
-            self.say(f"round {work.round}: no last word on the update before; what that one left out waits")
-            return False
-        return True
-
-    async def _is_unknown(self, held: Held) -> bool:
-        """Ask about an update and take up its receipt; whether the combiner has none."""
-        await self.link.wait_until_up()
-        try:
-            receipts = await self.link.receipts([held.key])
-        except TRY_AGAIN:
-            return False
-        for receipt in receipts:
-            self._on_receipt(receipt)
-        return all(receipt.state is ReceiptState.OFFERED for receipt in receipts)
-
-    def _hold(
-        self, plan: Plan, work: Work, made: Made, local: Mapping[str, np.ndarray], *, feedback: bool
-    ) -> tuple[Held, transfer.Outgoing]:
-        """On the worker's thread. Local tensors first: a crash before the update is held repeats the round."""
-        wire, left_out = self._encode(plan, made, feedback=feedback)
-        encoding = plan.task.encoding.name
-        outgoing = encode_update(plan.base.layout_hash, wire, made.head, encoding)
-        if plan.task.kind is TaskKind.TRAIN:
-            self.folder.local.save(plan.run, plan.round, {**local, **made.local})
-        held = Held(
-            work=work,
-            attempt=plan.attempt,
-            digest=outgoing.digest,
-            layout_hash=plan.base.layout_hash,
-            vectors=outgoing.descriptor.vectors,
-            head=made.head,
-            state=ReceiptState.OFFERED,
-            made_unix_ns=time.time_ns(),
-            hold_s=plan.hold_s,
-            encoding=encoding,
-        )
-        self.updates.save(held, wire, left_out)
-        return held, outgoing
-
-    def _encode(
-        self, plan: Plan, made: Made, *, feedback: bool
-    ) -> tuple[dict[str, np.ndarray], dict[str, Float32Array] | None]:
-        """The update's wire vectors, and what they leave out, where the update carries its run's residual."""
-        encoding, groups = plan.task.update_encoding, plan.task.groups
-        residual: Mapping[str, Float32Array] | None = None
-        if feedback:
-            try:
-                residual = self.folder.residuals.load(plan.run, encoding, groups)
-            except StoreDamaged as error:
-                residual = {}
-                self.say(str(error))
-        seed = task_seed(plan.seed, plan.round, self.client)
-        return encode_with_feedback(encoding, groups, made.vectors, seed, residual)
-
-    async def _fetch(self, plan: Plan) -> FetchedModel:
-        with observe.span(observe.SPAN_MODEL_FETCH, run=plan.run, round=plan.round, site=self.client.site):
-            fetch = partial(self.link.fetch_model, fetcher=self.site.models.fetcher(plan.base.model_hash))
-            try:
-                model = await self.courier.patiently(
-                    lambda: self.site.models.get(plan, fetch), f"{round_of(plan.key)}: no model yet"
-                )
-                check_groups(plan, model.layout)
-            except NotFound as error:  # a combiner has the models of its open rounds
-                raise RoundClosed(str(error)) from None
-            except HierFLError as error:
-                raise TaskFailed(decline_code(error), f"the model cannot be used: {error}") from None
-            return model
-
     # ---------------------------------------------------------------- saying no
 
     async def _on_failure(self, answer: _Answer, failed: TaskFailed) -> None:
@@ -489,12 +374,6 @@ class Session:
         except HierFLError as error:
             self.say(f"{round_of(key)}: the combiner does not take the refusal: {error}")
         self.site.on_round_over(self.client, key)
-
-
-def round_of(key: AttemptKey) -> str:
-    """A key for people: ``round 3``, ``round 3, attempt 2``, ``evaluation``."""
-    what = f"round {key.round}" if key.task is TaskKind.TRAIN else "evaluation"
-    return f"{what}, attempt {key.attempt}" if key.attempt > 1 else what
 
 
 def _words_of(receipt: Receipt) -> str:

@@ -124,6 +124,8 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # gr
         self._server = server
         self._verify = PeerVerifier(trust, clock)
         self._refused = refused or _log_refusal
+        self._handlers: dict[str, tuple[grpc.RpcMethodHandler, grpc.RpcMethodHandler]] = {}
+        """By method of those served: the handler that stands behind the gate, and the gate before it."""
 
     async def intercept_service(
         self,
@@ -131,7 +133,15 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # gr
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler:
         method = handler_call_details.method
-        inner = await continuation(handler_call_details) or grpc.unary_unary_rpc_method_handler(_not_served)
+        served = await continuation(handler_call_details)
+        inner, gate = self._handlers.get(method, (None, None))
+        if gate is None or inner is not served:
+            gate = self._gate(method, served or grpc.unary_unary_rpc_method_handler(_not_served))
+            if served is not None:
+                self._handlers[method] = (served, gate)
+        return gate
+
+    def _gate(self, method: str, inner: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
         arity = _arity(inner)
         behaviour = getattr(inner, arity)
         read = None if inner.request_streaming else inner.request_deserializer  # one message waits for the gate

@@ -94,14 +94,18 @@ class FetchModelRequest(_message.Message):
     def __init__(self, model_hash: _Optional[str] = ..., from_chunk: _Optional[int] = ..., descriptor_digest: _Optional[str] = ..., bases: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class FollowRequest(_message.Message):
-    __slots__ = ("apps", "endpoints_epoch", "endpoints_version")
+    __slots__ = ("apps", "endpoints_epoch", "endpoints_version", "takes_receipts_along", "takes_models_along")
     APPS_FIELD_NUMBER: _ClassVar[int]
     ENDPOINTS_EPOCH_FIELD_NUMBER: _ClassVar[int]
     ENDPOINTS_VERSION_FIELD_NUMBER: _ClassVar[int]
+    TAKES_RECEIPTS_ALONG_FIELD_NUMBER: _ClassVar[int]
+    TAKES_MODELS_ALONG_FIELD_NUMBER: _ClassVar[int]
     apps: _containers.RepeatedCompositeFieldContainer[App]
     endpoints_epoch: int
     endpoints_version: int
-    def __init__(self, apps: _Optional[_Iterable[_Union[App, _Mapping]]] = ..., endpoints_epoch: _Optional[int] = ..., endpoints_version: _Optional[int] = ...) -> None: ...
+    takes_receipts_along: bool
+    takes_models_along: bool
+    def __init__(self, apps: _Optional[_Iterable[_Union[App, _Mapping]]] = ..., endpoints_epoch: _Optional[int] = ..., endpoints_version: _Optional[int] = ..., takes_receipts_along: _Optional[bool] = ..., takes_models_along: _Optional[bool] = ...) -> None: ...
 
 class App(_message.Message):
     __slots__ = ("name", "version")
@@ -112,18 +116,22 @@ class App(_message.Message):
     def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ...) -> None: ...
 
 class FollowResponse(_message.Message):
-    __slots__ = ("offer", "receipt", "withdrawal", "welcome", "endpoints")
+    __slots__ = ("offer", "receipt", "withdrawal", "welcome", "endpoints", "receipts", "model")
     OFFER_FIELD_NUMBER: _ClassVar[int]
     RECEIPT_FIELD_NUMBER: _ClassVar[int]
     WITHDRAWAL_FIELD_NUMBER: _ClassVar[int]
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     ENDPOINTS_FIELD_NUMBER: _ClassVar[int]
+    RECEIPTS_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
     offer: Offer
     receipt: Receipt
     withdrawal: Withdrawal
     welcome: Welcome
     endpoints: Endpoints
-    def __init__(self, offer: _Optional[_Union[Offer, _Mapping]] = ..., receipt: _Optional[_Union[Receipt, _Mapping]] = ..., withdrawal: _Optional[_Union[Withdrawal, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., endpoints: _Optional[_Union[Endpoints, _Mapping]] = ...) -> None: ...
+    receipts: _containers.RepeatedCompositeFieldContainer[Receipt]
+    model: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, offer: _Optional[_Union[Offer, _Mapping]] = ..., receipt: _Optional[_Union[Receipt, _Mapping]] = ..., withdrawal: _Optional[_Union[Withdrawal, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., endpoints: _Optional[_Union[Endpoints, _Mapping]] = ..., receipts: _Optional[_Iterable[_Union[Receipt, _Mapping]]] = ..., model: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("incarnation", "endpoints", "intake")

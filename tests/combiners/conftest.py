@@ -354,15 +354,15 @@ class Client:
         self.ended = asyncio.Event()
         self._follower: asyncio.Task[None] | None = None
 
-    async def join(self, app: str = "toy", version: str = "1") -> Client:
+    async def join(self, app: str = "toy", version: str = "1", **takes: bool) -> Client:
         await rpc.hello(self.stub, "the combiner", self.address)
-        self._follower = asyncio.create_task(self._follow(pb.App(name=app, version=version)))
+        self._follower = asyncio.create_task(self._follow(pb.App(name=app, version=version), takes))
         await self.event("welcome")
         return self
 
-    async def _follow(self, app: pb.App) -> None:
+    async def _follow(self, app: pb.App, takes: dict[str, bool]) -> None:
         try:
-            async for event in self.stub.Follow(pb.FollowRequest(apps=[app])):
+            async for event in self.stub.Follow(pb.FollowRequest(apps=[app], **takes)):
                 self.events.put_nowait(event)
         except grpc.RpcError:
             pass
@@ -462,10 +462,10 @@ async def connect() -> AsyncIterator[Callable[..., Any]]:
     """Connects clients; they leave at the end of the test."""
     clients: list[Client] = []
 
-    async def join(kit: Kit, address: str, app: str = "toy", version: str = "1") -> Client:
+    async def join(kit: Kit, address: str, app: str = "toy", version: str = "1", **takes: bool) -> Client:
         client = Client(kit, address)
         clients.append(client)
-        return await client.join(app, version)
+        return await client.join(app, version, **takes)
 
     yield join
     for client in clients:

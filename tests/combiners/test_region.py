@@ -12,6 +12,7 @@ from combiners.events import (
     Abstain,
     AskAgain,
     AttemptOver,
+    ClaimsAnswered,
     ClientDeclined,
     ClientJoined,
     ClientLeft,
@@ -152,6 +153,26 @@ def test_it_closes_when_all_that_are_expected_are_in(harness, plan):
     assert only(harness.fold(plan, 0, 1, 2), Freeze) == []
     harness.fold(plan, 3)
     assert harness.said == [Freeze(key=plan.key, seal_id="4-1", incarnations=("a", "b"))]
+
+
+def test_it_closes_when_all_are_granted_and_the_freeze_waits_for_what_is_being_folded(harness, plan):
+    harness.open(plan, 0, 1, 2)
+    harness.fold(plan, 0, 1)
+    assert harness.region.claim("a", claim(plan, 2)).answer is Answer.GRANTED
+    assert harness.do(ClaimsAnswered(plan.key)) == [Freeze(key=plan.key, seal_id="4-1", incarnations=("a", "b"))]
+    (seal,) = harness.hand_over(plan, "4-1", (0, 1, 2))
+    assert len(seal.receipts) == 3
+
+
+def test_what_is_granted_and_not_handed_over_is_asked_again_before_the_seal(harness, plan):
+    harness.open(plan, 0, 1, 2)
+    harness.fold(plan, 0, 1)
+    harness.region.claim("a", claim(plan, 2))
+    harness.do(ClaimsAnswered(plan.key))
+    said = harness.hand_over(plan, harness.freeze.seal_id, (0, 1))
+    assert only(said, AskAgain) == [AskAgain(key=plan.key, clients=(client(2),))]
+    assert only(said, Seal) == []
+    assert harness.phase(plan) is Phase.COLLECTING
 
 
 def test_a_client_that_joins_while_it_is_open_is_waited_for(harness, plan):

@@ -102,6 +102,43 @@ async def test_only_a_small_update_may_come_with_its_request(start_combiner, con
         assert (await client.admit(plan.key, outgoing, weight, update=frames)).receipt.state == pb.RECEIPT_STATE_STAGED
 
 
+async def test_receipts_and_a_small_model_go_along_with_the_next_offer_for_clients_that_take_them(
+    start_combiner, controller, client_kits, connect, plan, base, toy_model
+):
+    async with start_combiner() as combiner:
+        address, kits = combiner.addresses[0], client_kits[:3]
+        takes = {"takes_receipts_along": True, "takes_models_along": True}
+        clients = [await connect(kits[0], address), *[await connect(kit, address, **takes) for kit in kits[1:]]]
+        await controller.offer(plan)
+        offered = [await next_offer(client) for client in clients]
+        assert [list(event.model) for event in offered] == [[], *[list(base.outgoing.frames())] * 2]
+        await asyncio.gather(*(client.hand_in(plan) for client in clients))
+        *_, digest = await controller.partials.get()
+        controller.commit(plan, digest, toy_model(1.0))
+        assert (await clients[0].event("receipt")).state == pb.RECEIPT_STATE_SEALED
+        assert (await clients[0].event("receipt")).state == pb.RECEIPT_STATE_COMMITTED
+        seen = [await until_last_word(client) for client in clients[1:]]
+        assert seen == [(pb.RECEIPT_STATE_COMMITTED, 1)] * 2
+
+
+async def next_offer(client):
+    async with asyncio.timeout(10):
+        while not (event := await client.events.get()).HasField("offer"):
+            continue
+        return event
+
+
+async def until_last_word(client):
+    """The last word, whatever it came along with, or alone."""
+    async with asyncio.timeout(10):
+        while True:
+            event = await client.events.get()
+            said = [*event.receipts, *([event.receipt] if event.HasField("receipt") else [])]
+            for receipt in said:
+                if receipt.state == pb.RECEIPT_STATE_COMMITTED:
+                    return receipt.state, receipt.model_version
+
+
 async def joined(connect, combiner, kits):
     return [await connect(kit, combiner.addresses[n % len(combiner.addresses)]) for n, kit in enumerate(kits)]
 

@@ -206,12 +206,13 @@ def test_the_files_of_a_process_keep_within_their_bound(tmp_path: Path) -> None:
     lines = (tmp_path / "traces" / "controller.jsonl").read_bytes().splitlines(keepends=True)
 
     class Replayed(spanfile.FileExporter):
-        def write(self, line: bytes) -> None:
-            self._write(line)
+        def write(self, lines: list[bytes]) -> None:
+            self._write(lines)
 
     bounded = Replayed("small", tmp_path, max_bytes=8_000)
-    for line in lines:
-        bounded.write(line)
+    batches = [lines[:20], *([line] for line in lines[20:100]), lines[100:160], lines[160:]]
+    for batch in batches:
+        bounded.write(batch)
         kept = [tmp_path / "small.1.jsonl", tmp_path / "small.jsonl"]
         assert sum(path.stat().st_size for path in kept if path.exists()) <= 8_000
     bounded.shutdown()

@@ -190,18 +190,21 @@ class FakeCombiner:
 
     def offer(self, plan: Plan, *, epoch: int = 1, signer: Kit | None = None) -> pb.Offer:
         """Sign a plan as the controller does, and offer it to all that follow now or later."""
+        offer = self.offer_of(plan, epoch=epoch, signer=signer)
+        self.offers.append(offer)
+        self.push(pb.FollowResponse(offer=offer))
+        return offer
+
+    def offer_of(self, plan: Plan, *, epoch: int = 1, signer: Kit | None = None) -> pb.Offer:
         signer = signer or self.federation.controller
         data = plan.to_bytes()
-        offer = pb.Offer(
+        return pb.Offer(
             key=key_to_proto(plan.key),
             leader_epoch=epoch,
             plan=data,
             signature=signer.sign(plan_statement(epoch, data), PLAN_CONTEXT),
             certificate=signer.certificate_der,
         )
-        self.offers.append(offer)
-        self.push(pb.FollowResponse(offer=offer))
-        return offer
 
     def push(self, response: pb.FollowResponse) -> None:
         for queue in self.followers.values():

@@ -20,7 +20,7 @@ import pytest
 
 from hierfl import encodings
 from hierfl.aggregation import ColumnGroup, GroupKind, Weighting
-from hierfl.client import session
+from hierfl.client import making
 from hierfl.client.held import Held, HeldUpdates, Work, encode_update
 from hierfl.client.residuals import KEEP_RUNS, Residuals
 from hierfl.errors import StorageError, StoreDamaged
@@ -119,7 +119,7 @@ async def test_an_update_waits_for_the_last_word_on_the_one_before(combiner: Any
 async def test_without_that_word_it_goes_without_and_nothing_is_sent_twice_in_whatever_order_the_words_come(
     combiner: Any, running: Any, topk: MakePlan, monkeypatch: pytest.MonkeyPatch, order: tuple[int, int]
 ) -> None:
-    monkeypatch.setattr(session, "RESIDUAL_WAIT_S", 0.1)
+    monkeypatch.setattr(making, "RESIDUAL_WAIT_S", 0.1)
     combiner.offer(topk())
     async with running():
         await combiner.until(lambda: len(combiner.received) == 1)
@@ -145,7 +145,7 @@ async def test_an_update_that_the_combiner_does_not_know_is_not_waited_for(
         await combiner.until(lambda: len(combiner.received) == 1)
         combiner.book.clear()
         combiner.offer(topk(round=2))
-        async with asyncio.timeout(session.RESIDUAL_WAIT_S / 2):
+        async with asyncio.timeout(making.RESIDUAL_WAIT_S / 2):
             await combiner.until(lambda: len(combiner.received) == 2)
     assert sent(combiner) == [(0, 0.5), (0, 0.5)]
 

@@ -17,7 +17,8 @@ from hierfl.plan import Plan, task_seed
 from hierfl.receipts import Receipt, ReceiptState
 from hierfl.types import ClientRef, TaskKind
 from hierfl.wire import hierfl_pb2 as pb
-from hierfl.wire.convert import key_to_proto
+from hierfl.wire import transfer
+from hierfl.wire.convert import key_to_proto, receipt_to_proto
 
 MakePlan = Callable[..., Plan]
 
@@ -57,6 +58,35 @@ async def test_a_round_goes_from_the_offer_to_the_last_word(
     assert "client-00: round 1: trained on 120 examples, loss 0.5, f1 0.9; its weight is clipped" in running.said
     assert "evaluated model version 0 on 40 examples, loss 0.25, accuracy 75.0%" in running.said
     assert "sealed in the region's sum" in running.said
+
+
+async def test_receipts_that_come_along_with_an_offer_are_taken_up_and_the_offer_answered(
+    combiner: Any, running: Any, plan: MakePlan
+) -> None:
+    first = combiner.offer(plan())
+    async with running():
+        await combiner.until(lambda: combiner.received)
+        counted = replace(next(iter(combiner.book.values())), state=ReceiptState.COMMITTED, version=1)
+        combiner.offers.remove(first)
+        offer = combiner.offer_of(plan(round=2))
+        combiner.push(pb.FollowResponse(offer=offer, receipts=[receipt_to_proto(counted)]))
+        await combiner.until(lambda: len(combiner.received) == 2)
+        assert "counted in model version 1" in running.said
+        combiner.push(pb.FollowResponse(receipts=[receipt_to_proto(replace(counted, key=combiner.received[1].key))]))
+
+
+@pytest.mark.parametrize(("spoil", "num_fetched"), [(False, 0), (True, 1)])
+async def test_a_model_that_comes_along_is_not_fetched_unless_it_is_another(
+    combiner: Any, running: Any, linear: Any, plan: MakePlan, model: Any, spoil: bool, num_fetched: int
+) -> None:
+    async with running():
+        await combiner.until(lambda: "Follow" in combiner.calls)
+        vectors = {name: vector + spoil for name, vector in model.vectors.items()}
+        outgoing = transfer.Outgoing("model", model.layout.hash, vectors, meta=model.layout.to_bytes())
+        combiner.push(pb.FollowResponse(offer=combiner.offer_of(plan()), model=outgoing.frames()))
+        await combiner.until(lambda: combiner.received)
+    assert combiner.calls.count("FetchModel") == num_fetched
+    assert linear.calls[0].params["w"].tolist() == [1, 1, 1]
 
 
 async def test_the_task_has_all_that_the_work_may_depend_on(
