@@ -7,7 +7,7 @@ from itertools import combinations
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from combiners.cohort import Cohort, Outlook, Standing, num_sites
+from combiners.cohort import Cohort, Outlook, Standing
 from combiners.messages import Claim
 from hierfl.types import ClientId, ClientRef, RegionId, SiteId, UpdateKey
 
@@ -35,11 +35,10 @@ def looked_at(cohort: Cohort) -> Outlook:
     def standing(*standings: Standing) -> list[ClientRef]:
         return [member.client for member in cohort if member.standing in standings]
 
-    if standing(Standing.CLAIMED):
-        return Outlook.WAIT
-    if cohort.enough(standing(Standing.FOLDED)):
+    granted = (Standing.CLAIMED, Standing.FOLDED)
+    if cohort.enough(standing(*granted)):
         return Outlook.WAIT if standing(Standing.EXPECTED) else Outlook.COMPLETE
-    hoped_for = standing(Standing.FOLDED, Standing.EXPECTED, Standing.GONE)
+    hoped_for = standing(*granted, Standing.EXPECTED, Standing.GONE)
     return Outlook.WAIT if cohort.enough(hoped_for) else Outlook.HOPELESS
 
 
@@ -57,5 +56,5 @@ def test_what_is_counted_is_what_a_look_at_everyone_finds(plan, moves, k):
         for standings in combinations(Standing, number):
             found = [member.client for member in cohort if member.standing in standings]
             assert cohort.count(*standings) == len(found)
-            is_enough = len(found) >= cohort.plan.min_clients and num_sites(found) >= k
+            is_enough = len(found) >= cohort.plan.min_clients and len({client.site for client in found}) >= k
             assert cohort.enough_with(*standings) is is_enough
