@@ -1,0 +1,229 @@
+"""What goes wrong in a history: drawn from its seed, and over after a while."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+
+from hierfl.types import RunId
+from tests.simulation.kits import CONTROLLERS
+from tests.simulation.loop import Node
+from tests.simulation.rays import RayOdds
+from tests.simulation.wire import Odds
+from tests.simulation.world import Client, Region, World
+
+__all__ = ["Storm"]
+
+LEVELS = (0.0, 0.0, 0.03, 0.12)
+
+
+class Storm:
+    """The faults of one history; what was done is in ``log``, for whoever looks into a seed."""
+
+    def __init__(self, world: World, runs: list[RunId]) -> None:
+        self.world, self.dice, self.runs = world, world.dice, runs
+        self.log: list[str] = []
+        self.menu: list[tuple[int, Callable[[], Awaitable[None] | None]]] = [
+            (3, self.kill_intake),
+            (3, self.kill_region),
+            (3, self.kill_controller),
+            (2, self.kill_client),
+            (2, self.kill_cluster),
+            (4, self.region_dies_at_disk),
+            (4, self.controller_dies_at_disk),
+            (2, self.client_dies_at_disk),
+            (3, self.freeze_intake),
+            (3, self.freeze_region),
+            (3, self.freeze_controller),
+            (3, self.cut_off_region),
+            (2, self.cut_off_client),
+            (2, self.client_leaves),
+            (1, self.drain_region),
+            (1, self.evil_twin),
+            (1, self.cancel),
+            (1, self.submit_again),
+        ]
+
+    def say(self, text: str) -> None:
+        self.log.append(f"{self.world.loop.now_s:8.3f} {text}")
+
+    def odds(self) -> None:
+        """Every history has weather of its own."""
+        draw = lambda: self.dice.choice(LEVELS)  # noqa: E731
+        self.world.network.odds = Odds(*(draw() for _ in range(6)))
+        for region in self.world.regions:
+            region.rays.odds = RayOdds(draw() / 2, draw() / 2, draw())
+        self.say(f"odds {self.world.network.odds} {[region.rays.odds for region in self.world.regions]}")
+
+    async def blow(self, until_s: float) -> None:
+        """A few faults, one after the other, at moments of their own."""
+        self.odds()
+        count = self.dice.choice((0, 1, 1, 2, 3, 5))
+        moments = sorted(self.dice.uniform(0.0, until_s) * self.dice.random() for _ in range(count))
+        for moment in moments:
+            await asyncio.sleep(max(0.0, moment - self.world.loop.now_s))
+            (fault,) = self.dice.choices([one for _, one in self.menu], [weight for weight, _ in self.menu])
+            made = fault()
+            if made is not None:
+                self.world.loop.create_task(made)  # type: ignore[arg-type]
+        await asyncio.sleep(max(0.0, until_s - self.world.loop.now_s))
+
+    def pass_over(self) -> None:
+        """No more faults, no more processes that do not run."""
+        self.say("healed")
+        world = self.world
+        world.network.heal()
+        for region in world.regions:
+            region.rays.odds = RayOdds()
+        for node in world.loop.nodes():
+            node.dies_after = None
+            if node.is_frozen:
+                node.thaw()
+
+    # ---------------------------------------------------------------- processes that die
+
+    def _kill(self, node: Node | None) -> None:
+        if node is not None and node.is_alive:
+            self.say(f"kill {node.name}")
+            self.world.kill(node)
+
+    def _region(self) -> Region:
+        return self.dice.choice(self.world.regions)
+
+    def _client(self) -> Client:
+        return self.dice.choice(self.world.clients)
+
+    def kill_intake(self) -> None:
+        self._kill(self.dice.choice(self._region().intakes).node)
+
+    def kill_region(self) -> None:
+        self._kill(self._region().actor.node)
+
+    def kill_controller(self) -> None:
+        self._kill(self.world.controller)
+
+    def kill_client(self) -> None:
+        self._kill(self._client().node)
+
+    def kill_cluster(self) -> None:
+        region = self._region()
+        for actor in (region.actor, *region.intakes):
+            self._kill(actor.node)
+
+    def _dies_at_disk(self, node: Node | None, most: int) -> None:
+        if node is not None and node.runs:
+            node.dies_after = self.dice.randrange(most)
+            self.say(f"{node.name} dies after {node.dies_after} steps at its disk")
+
+    def region_dies_at_disk(self) -> None:
+        self._dies_at_disk(self._region().actor.node, 40)
+
+    def controller_dies_at_disk(self) -> None:
+        self._dies_at_disk(self.world.controller, 40)
+
+    def client_dies_at_disk(self) -> None:
+        self._dies_at_disk(self._client().node, 10)
+
+    # ---------------------------------------------------------------- processes that come back
+
+    async def _freeze(self, node: Node | None, replace_it: Callable[[], None]) -> None:
+        """Frozen for a while; where somebody has taken its place meanwhile it lives on for a moment, a zombie."""
+        if node is None or not node.runs:
+            return
+        is_replaced = self.dice.random() < 0.7
+        self.say(f"freeze {node.name}" + (", replaced" if is_replaced else ""))
+        self.world.freeze(node)
+        await asyncio.sleep(self.dice.uniform(0.2, 4.0))
+        if is_replaced and node.is_frozen:
+            replace_it()
+        await asyncio.sleep(self.dice.uniform(0.1, 6.0))
+        if node.is_frozen and node.is_alive:
+            self.say(f"thaw {node.name}")
+            node.thaw()
+        await asyncio.sleep(self.dice.uniform(0.5, 4.0))
+        if is_replaced:
+            self._kill(node)
+
+    async def freeze_intake(self) -> None:
+        region = self._region()
+        actor = self.dice.choice(region.intakes)
+        await self._freeze(actor.node, lambda: self.world.start_intake(region, actor))
+
+    async def freeze_region(self) -> None:
+        region = self._region()
+        await self._freeze(region.actor.node, lambda: self.world.start_region(region))
+
+    async def freeze_controller(self) -> None:
+        node = self.world.controller
+        address = CONTROLLERS[0] if node is not None and node.name.startswith("ctl-b") else CONTROLLERS[1]
+        await self._freeze(node, lambda: self.world.start_controller(address))
+
+    # ---------------------------------------------------------------- the network
+
+    async def _cut_off(self, here: str, there: tuple[str, ...]) -> None:
+        ways = self.dice.choice(("both", "out", "in"))
+        self.say(f"cut {here} from {there}: {ways}")
+        for other in there:
+            source, target = (here, other) if ways != "in" else (other, here)
+            self.world.network.block(source, target, both=ways == "both")
+        await asyncio.sleep(self.dice.uniform(0.5, 12.0))
+        for other in there:
+            self.world.network.blocked -= {(here, other), (other, here)}
+        self.say(f"{here} is back")
+
+    async def cut_off_region(self) -> None:
+        await self._cut_off(self._region().name, ("ctl-a", "ctl-b"))
+
+    async def cut_off_client(self) -> None:
+        client = self._client()
+        await self._cut_off(client.name, (client.name.partition("-")[0],))
+
+    # ---------------------------------------------------------------- what people do
+
+    async def client_leaves(self) -> None:
+        client = self._client()
+        node = client.node
+        if node is None or not node.is_alive:
+            return
+        self.say(f"{client.name} leaves")
+        client.node = None  # nobody starts it again
+        self.world.kill(node)
+        await asyncio.sleep(self.dice.uniform(2.0, 15.0))
+        self.world.start_client(client)
+
+    async def drain_region(self) -> None:
+        region = self._region()
+        node, host = region.actor.node, region.actor.host
+        if node is None or host is None or not node.runs:
+            return
+        self.say(f"drain {region.name}")
+
+        async def drain() -> None:
+            await host.drain(2.0)
+            await host.stop()
+
+        task = node.spawn(drain())
+        for _ in range(20):
+            await asyncio.sleep(0.25)
+            if task.done():
+                break
+        self._kill(node)
+
+    def evil_twin(self) -> None:
+        client = self._client()
+        self.say(f"another process as {client.name}")
+        twin = replace(
+            client, salt=client.salt + 100, directory=client.directory.parent / "evil", node=None, session=None
+        )
+        self.world.clients.append(twin)
+        self.world.start_client(twin)
+
+    async def cancel(self) -> None:
+        run = self.dice.choice(self.runs)
+        self.say(f"cancel {run}")
+        await self.world.cancel(run)
+
+    async def submit_again(self) -> None:
+        self.say("the same job once more")
+        self.runs.append(await self.world.submit(self.world.jobs[0], f"again-{len(self.runs)}"))

@@ -1,0 +1,141 @@
+"""One seeded history: a federation trains, things go wrong, they are mended, and in the end the accounts are checked."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hierfl.errors import HierFLError
+from hierfl.receipts import ReceiptState
+from hierfl.runs import RunState
+from hierfl.types import RunId
+from tests.simulation.accounting import check, read_book
+from tests.simulation.faults import Storm
+from tests.simulation.kits import kits
+from tests.simulation.loop import SimLoop, Stuck
+from tests.simulation.product import simulated
+from tests.simulation.stores import MemoryStore
+from tests.simulation.wire import Network
+from tests.simulation.witness import Witness
+from tests.simulation.world import POLICY, World
+
+__all__ = ["History", "run_history"]
+
+STORM_S = (1.0, 12.0)
+PATIENCE_S = 300.0
+"""After the last fault every run ends, and every update has its last word, within so long."""
+MEMORY = Path("/dev/shm")
+
+
+@dataclass
+class History:
+    """What came of a seed. ``problems`` is empty where all was right."""
+
+    seed: int
+    problems: list[str] = field(default_factory=list)
+    log: list[str] = field(default_factory=list)
+    """Of its faults."""
+    simulated_s: float = 0.0
+    steps: int = 0
+    updates: int = 0
+    sealed: int = 0
+    committed: int = 0
+    releases: int = 0
+    states: tuple[str, ...] = ()
+    """Of its runs, at the end."""
+
+
+def run_history(seed: int) -> History:
+    """Run one history and check its accounts."""
+    folder = Path(tempfile.mkdtemp(dir=MEMORY if MEMORY.is_dir() else None))
+    loop = SimLoop(seed)
+    history = History(seed)
+    witness = Witness()
+    try:
+        network = Network(loop)
+        with simulated(loop, network, seed), witness.watching():
+            world = World(loop, network, random.Random(f"world {seed}"), folder)
+            try:
+                loop.run(_live(world, history, witness))
+            except Stuck as stuck:
+                history.problems.append(str(stuck))
+            finally:
+                world.is_over = True
+                history.problems += world.failures + loop.errors
+                loop.end()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    history.simulated_s, history.steps = round(loop.now_s, 3), loop.num_steps
+    return history
+
+
+async def _live(world: World, history: History, witness: Witness) -> None:
+    dice = world.dice
+    world.jobs = [world.job(dice.choice((1, 2, 2, 3)), min_regions=dice.choice((1, 2)))]
+    world.start()
+    runs = [await world.submit(world.jobs[0], "first")]
+    storm = Storm(world, runs)
+    history.log = storm.log
+    await storm.blow(world.loop.now_s + dice.uniform(*STORM_S))
+    storm.pass_over()
+    await _settle(world, runs)
+    history.problems += [*_check(world, runs, witness)]
+    _count(world, history, witness)
+
+
+async def _settle(world: World, runs: list[RunId]) -> None:
+    """Until all runs have ended and every update has its last word."""
+    until_s = world.loop.now_s + PATIENCE_S
+    while (waits := [*_waits(world, runs)]) and world.loop.now_s < until_s:
+        for run in runs:
+            if world.run_state(run) is RunState.PAUSED:
+                await world.resume(run)
+        await asyncio.sleep(0.25)
+    if waits:
+        raise Stuck(f"{PATIENCE_S:g} s after the last fault: {'; '.join(waits)}")
+
+
+def _waits(world: World, runs: list[RunId]) -> Iterator[str]:
+    for run in runs:
+        if not world.run_state(run).is_terminal:
+            loop = world.app.leader.runs.get(run) if world.app is not None else None
+            yield f"{run} is {world.run_state(run)}: {loop.waiting_for if loop else 'nobody leads it'}"
+    for region in world.regions:
+        if region.actor.host is None or not region.actor.node or not region.actor.node.runs:
+            yield f"{region.name} is not there"
+        elif pending := region.actor.host.store.pending():
+            yield f"{region.name} waits for its verdict on {pending}"
+    for client in world.clients:
+        if client.session is None or client.node is None or not client.node.runs:
+            yield f"{client.name} is not there"
+        else:
+            yield from (
+                f"{client.name}: {held.key} is {held.state}"
+                for held in client.session.updates
+                if not held.state.is_last_word and held.state is not ReceiptState.OFFERED
+            )
+
+
+def _check(world: World, runs: list[RunId], witness: Witness) -> Iterator[str]:
+    try:
+        books = {
+            region.name: read_book(region.actor.host.store, region.name, region.kit) for region in world.regions
+        }
+        assert world.app is not None
+        store, blobs = MemoryStore(world.memory), world.app.leader.blobs
+        yield from check(store, blobs, books, witness, POLICY.k)
+    except HierFLError as error:
+        yield f"the accounts cannot be read: {type(error).__name__}: {error}"
+
+
+def _count(world: World, history: History, witness: Witness) -> None:
+    history.updates = len(witness.made)
+    history.sealed = len({told.digest for told in witness.told if told.state is ReceiptState.SEALED})
+    history.committed = len({told.digest for told in witness.told if told.state is ReceiptState.COMMITTED})
+    history.releases = len({(sent.region, sent.digest) for sent in witness.sent})
+    history.states = tuple(str(run.state) for run in MemoryStore(world.memory).runs())

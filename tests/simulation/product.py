@@ -1,0 +1,112 @@
+"""The product's own code on the simulation's clock, network, disks and dice: what is put in place of what.
+
+Only the edges of a process are replaced: gRPC's channels and servers, the wall clock, random numbers, threads, files'
+durability, kernels' compilation, and the reading of certificates from disk. Everything that decides runs as it is.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import secrets
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import grpc
+
+import hierfl.client.work
+from hierfl import kernels, kernels_encodings
+from hierfl.pki import Kit
+from hierfl.wire import tls
+from tests.simulation import disks
+from tests.simulation.kits import kits
+from tests.simulation.loop import SimLoop
+from tests.simulation.wire import Network, SimChannel, SimServer
+
+__all__ = ["InlinePool", "InlineWorker", "simulated"]
+
+DAY_NS = 86_400_000_000_000
+
+
+class InlinePool:
+    """A ``ThreadPoolExecutor`` that works when it is asked to."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        """However many threads."""
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(function(*arguments))
+        except Exception as error:  # noqa: BLE001  raised where it is asked for
+            future.set_exception(error)
+        return future
+
+    def __enter__(self) -> InlinePool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing to wait for."""
+
+    def shutdown(self, wait: bool = True) -> None:
+        """Nothing to end."""
+
+
+class InlineWorker:
+    """``hierfl.client.worker.Worker`` whose user code takes ``seconds()`` of the simulation's time."""
+
+    def __init__(self, loop: SimLoop, seconds: Callable[[], float]) -> None:
+        self._loop, self._seconds = loop, seconds
+
+    async def run(self, function: Callable[[], Any], started: Callable[[], None] = lambda: None) -> Any:
+        import asyncio
+
+        started()
+        await asyncio.sleep(self._seconds())
+        return function()
+
+
+@contextmanager
+def simulated(loop: SimLoop, network: Network, seed: int) -> Iterator[None]:
+    """While this lasts, the product lives in the simulation."""
+    dice = random.Random(f"product {seed}")
+    state = random.getstate()
+    random.seed(seed)
+    start_ns = int(kits().controller.certificate.not_valid_before_utc.timestamp()) * 1_000_000_000 + DAY_NS // 12
+    ticks = iter(range(10**12))
+    registered = {str(kit.path): kit for of in kits().clients.values() for kit in of}
+
+    def server(interceptors: Any = (), options: Any = ()) -> SimServer:
+        return SimServer(network, interceptors)
+
+    patches = [
+        mock.patch.object(time, "monotonic", lambda: 1000.0 + loop.now_s),
+        mock.patch.object(time, "time_ns", lambda: start_ns + int(loop.now_s * 1e9) + next(ticks)),
+        mock.patch.object(secrets, "token_hex", lambda n=8: f"{dice.getrandbits(8 * n):0{2 * n}x}"),
+        mock.patch.object(secrets, "token_bytes", dice.randbytes),
+        mock.patch.object(uuid, "uuid4", lambda: uuid.UUID(int=dice.getrandbits(128))),
+        mock.patch.object(grpc.aio, "server", server),
+        mock.patch.object(tls, "open_channel", lambda kit, address, server: SimChannel(network, kit, address)),
+        mock.patch.object(tls, "server_credentials", lambda kit: None),
+        mock.patch.object(tls, "bind", lambda server, address, credentials: server.bind(address)),
+        mock.patch.object(kernels, "warm_up", lambda: False),
+        mock.patch.object(kernels_encodings, "warm_up", lambda: False),
+        mock.patch.object(Kit, "load", lambda path, now=None: registered[str(path)]),
+        mock.patch.object(hierfl.client.work, "seed_generators", lambda seed: None),
+        mock.patch("controller.blobs.ThreadPoolExecutor", InlinePool),
+    ]
+    logging.disable(logging.CRITICAL)
+    try:
+        with ExitStack() as stack:
+            for patch in patches:
+                stack.enter_context(patch)
+            stack.enter_context(disks.on_simulated_disks())
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+        random.setstate(state)

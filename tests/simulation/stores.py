@@ -1,0 +1,86 @@
+"""The controller's store in memory, for several controllers at once: what a store on another machine looks like.
+
+The same protocol as ``SqliteStore``, and the same answers (a property test holds both against each other).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from controller.rows import AnswerRow, AttemptRow, ModelRow, RegionRow, RoundRow, Row, RunRow
+from controller.store import WRITTEN_ONCE, _key, _path
+from hierfl.errors import StaleEpoch, StoreDamaged
+from hierfl.types import AttemptKey, RunId, TaskKind
+from tests.simulation.loop import NODE
+
+__all__ = ["Memory", "MemoryStore"]
+
+
+@dataclass
+class Memory:
+    """What is stored; outlives every controller."""
+
+    store_id: str = "memory"
+    leader_epoch: int = 0
+    rows: dict[type, dict[str, Row]] = field(default_factory=dict)
+
+
+class MemoryStore:
+    """One controller's way to it."""
+
+    def __init__(self, memory: Memory) -> None:
+        self._memory = memory
+        self.store_id = memory.store_id
+
+    def lead(self, at_least: int = 0) -> int:
+        _touch()
+        self._memory.leader_epoch = max(self._memory.leader_epoch, at_least) + 1
+        _touch()
+        return self._memory.leader_epoch
+
+    def write(self, epoch: int, *rows: Row) -> None:
+        _touch()
+        memory = self._memory
+        if memory.leader_epoch != epoch:
+            raise StaleEpoch(f"this controller leads under epoch {epoch}, the store is under {memory.leader_epoch}")
+        for row in rows:
+            found = memory.rows.get(type(row), {}).get(_key(row))
+            if isinstance(row, WRITTEN_ONCE) and found is not None and found != row:
+                raise StoreDamaged(f"{_key(row)} is there already, with other contents")
+        for row in rows:
+            memory.rows.setdefault(type(row), {})[_key(row)] = row
+        _touch()
+
+    def _rows(self, kind: type, prefix: str = "") -> list:
+        rows = self._memory.rows.get(kind, {})
+        return [rows[key] for key in sorted(rows) if key.startswith(prefix)]
+
+    def runs(self) -> list[RunRow]:
+        return sorted(self._rows(RunRow), key=lambda row: (row.submitted_unix_ns, row.run))
+
+    def attempts(self, run: RunId, task: TaskKind, round_number: int) -> list[AttemptRow]:
+        return self._rows(AttemptRow, _path(run, task, round_number, ""))
+
+    def answers(self, key: AttemptKey) -> list[AnswerRow]:
+        return self._rows(AnswerRow, _path(key.run, key.task, key.round, key.attempt, ""))
+
+    def rounds(self, run: RunId) -> list[RoundRow]:
+        return sorted(self._rows(RoundRow, _path(run, "")), key=lambda row: row.round)
+
+    def models(self, run: RunId) -> list[ModelRow]:
+        return self._rows(ModelRow, _path(run, ""))
+
+    def model(self, run: RunId, version: int) -> ModelRow | None:
+        return next(iter(self._rows(ModelRow, _path(run, version))), None)
+
+    def regions(self) -> list[RegionRow]:
+        return self._rows(RegionRow)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def _touch() -> None:
+    node = NODE.get(None)
+    if node is not None:
+        node.touch_disk()
