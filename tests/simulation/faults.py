@@ -16,6 +16,8 @@ from tests.simulation.world import Client, Region, World
 __all__ = ["Storm"]
 
 LEVELS = (0.0, 0.0, 0.03, 0.12)
+MEAN_S = 1.5
+"""Mean time from the start to a fault: a round takes about one second."""
 
 
 class Storm:
@@ -59,8 +61,8 @@ class Storm:
     async def blow(self, until_s: float) -> None:
         """A few faults, one after the other, at moments of their own."""
         self.odds()
-        count = self.dice.choice((0, 1, 1, 2, 3, 5))
-        moments = sorted(self.dice.uniform(0.0, until_s) * self.dice.random() for _ in range(count))
+        count = self.dice.choice((1, 2, 2, 3, 4, 6))
+        moments = sorted(self.world.loop.now_s + self.dice.expovariate(1 / MEAN_S) for _ in range(count))
         for moment in moments:
             await asyncio.sleep(max(0.0, moment - self.world.loop.now_s))
             (fault,) = self.dice.choices([one for _, one in self.menu], [weight for weight, _ in self.menu])
@@ -117,10 +119,10 @@ class Storm:
             self.say(f"{node.name} dies after {node.dies_after} steps at its disk")
 
     def region_dies_at_disk(self) -> None:
-        self._dies_at_disk(self._region().actor.node, 40)
+        self._dies_at_disk(self._region().actor.node, 25)
 
     def controller_dies_at_disk(self) -> None:
-        self._dies_at_disk(self.world.controller, 40)
+        self._dies_at_disk(self.world.controller, 25)
 
     def client_dies_at_disk(self) -> None:
         self._dies_at_disk(self._client().node, 10)

@@ -6,6 +6,8 @@ durability, kernels' compilation, and the reading of certificates from disk. Eve
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import logging
 import random
 import secrets
@@ -14,14 +16,19 @@ import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
 from typing import Any
 from unittest import mock
 
 import grpc
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 import hierfl.client.work
 from hierfl import kernels, kernels_encodings
-from hierfl.pki import Kit
+from hierfl.errors import CertificateUntrusted
+from hierfl.identity import Identity
+from hierfl.pki import Kit, TrustStore, verify_leaf
 from hierfl.wire import tls
 from tests.simulation import disks
 from tests.simulation.kits import kits
@@ -31,6 +38,59 @@ from tests.simulation.wire import Network, SimChannel, SimServer
 __all__ = ["InlinePool", "InlineWorker", "simulated"]
 
 DAY_NS = 86_400_000_000_000
+
+
+VERIFIERS = ("combiners.trust", "controller.leader", "hierfl.client.offers", "hierfl.endpoints", "hierfl.wire.tls")
+"""Modules that check leaves: the same few, again and again."""
+
+
+@functools.cache
+def _leaf(leaf: bytes, trust: int) -> Identity:
+    return verify_leaf(leaf, _trusts[trust], datetime.now(UTC))
+
+
+_trusts: dict[int, TrustStore] = {}
+
+
+def _verified_leaf(leaf: bytes, trust: TrustStore, now: datetime) -> Identity:
+    """``verify_leaf``, once for each leaf and store: clocks are right here, and nothing expires."""
+    _trusts[id(trust)] = trust
+    return _leaf(leaf, id(trust))
+
+
+SIGNERS = ("hierfl.pki", "hierfl.border")
+CHECKERS = ("hierfl.border", "hierfl.endpoints", "hierfl.client.offers", "combiners.trust", "combiners.intake")
+
+
+def _public(key: object) -> bytes:
+    return key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _owner(certificate: bytes) -> bytes:
+    return _public(x509.load_der_x509_certificate(certificate).public_key())
+
+
+_signers: dict[int, tuple[object, bytes]] = {}
+"""By the identity of the key, which is kept: its public half."""
+
+
+def _signer(key: object) -> bytes:
+    if id(key) not in _signers:
+        _signers[id(key)] = (key, _public(key.public_key()))  # type: ignore[attr-defined]
+    return _signers[id(key)][1]
+
+
+def _sign(key: object, message: bytes, context: bytes) -> bytes:
+    """A signature that nobody here forges: quick, and the same each time."""
+    return hashlib.sha256(b"\0".join((_signer(key), context, message))).digest()
+
+
+def _verify(signer: object, signature: bytes, message: bytes, context: bytes) -> None:
+    is_leaf = isinstance(signer, x509.Certificate)
+    owner = _owner(signer.public_bytes(Encoding.DER)) if is_leaf else _public(signer)
+    if signature != hashlib.sha256(b"\0".join((owner, context, message))).digest():
+        raise CertificateUntrusted(f"the signature does not fit this {context.decode()} document")
 
 
 class InlinePool:
@@ -99,6 +159,10 @@ def simulated(loop: SimLoop, network: Network, seed: int) -> Iterator[None]:
         mock.patch.object(Kit, "load", lambda path, now=None: registered[str(path)]),
         mock.patch.object(hierfl.client.work, "seed_generators", lambda seed: None),
         mock.patch("controller.blobs.ThreadPoolExecutor", InlinePool),
+        *(mock.patch(f"{module}.verify_leaf", _verified_leaf) for module in VERIFIERS),
+        *(mock.patch(f"{module}.sign", _sign) for module in SIGNERS),
+        *(mock.patch(f"{module}.verify", _verify) for module in CHECKERS),
+        mock.patch("controller.leader.verify", _verify),
     ]
     logging.disable(logging.CRITICAL)
     try:

@@ -1,13 +1,13 @@
 """Ray between a region's actors: calls that may run twice, or not at all, or whose answer is lost.
 
 An actor is found by its name: after a restart the same handle reaches its successor, and what an older one was asked
-has failed. Values are copied, as Ray's are.
+has failed. What is said is frozen, so that nothing is shared; sums are copied.
 """
 
 from __future__ import annotations
 
 import asyncio
-import pickle
+import copy
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -64,16 +64,15 @@ class Rays:
         """Call a method of an actor, wherever it runs. Raises ``Unreachable`` where that is not known."""
         answer: asyncio.Future[Any] = self.loop.create_future()
         caller, node, host = current(), actor.node, actor.host
-        data = pickle.dumps(arguments)
         if node is None or not node.is_alive or host is None:
             await asyncio.sleep(self.random.uniform(*NOTICED_S))
             raise Unreachable(f"{actor.name} is not there")
         odds, fate = self.odds, self.random.random()
         if fate >= odds.lost:
             answers = fate >= odds.lost + odds.unanswered
-            self._send(caller, node, host, method, data, answer if answers else None, self._latency_s())
+            self._send(caller, node, host, method, arguments, answer if answers else None, self._latency_s())
         if 0 <= fate - odds.lost - odds.unanswered < odds.twice:
-            self._send(caller, node, host, method, data, None, self.random.uniform(0.0, TWICE_WITHIN_S))
+            self._send(caller, node, host, method, arguments, None, self.random.uniform(0.0, TWICE_WITHIN_S))
         if fate < odds.lost + odds.unanswered:
             self.loop.call_later(self.random.uniform(*NOTICED_S), _fail, answer, actor.name)
         actor.waiting.add(answer)
@@ -91,15 +90,15 @@ class Rays:
         node: Node,
         host: Any,
         method: str,
-        data: bytes,
+        arguments: tuple[Any, ...],
         answer: asyncio.Future[Any] | None,
         after_s: float,
     ) -> None:
         async def run() -> None:
             try:
-                result, error = pickle.dumps(await getattr(host, method)(*pickle.loads(data))), None
+                result, error = _copied(await getattr(host, method)(*arguments)), None
             except HierFLError as failed:
-                result, error = b"", failed
+                result, error = None, failed
             if answer is not None:
                 self.loop.call_later(
                     self._latency_s(), _settle, answer, result, error, context=caller._context.copy()
@@ -116,13 +115,17 @@ def _fail(answer: asyncio.Future[Any], name: str) -> None:
         answer.set_exception(Unreachable(f"{name} did not answer"))
 
 
-def _settle(answer: asyncio.Future[Any], data: bytes, error: BaseException | None) -> None:
+def _copied(value: Any) -> Any:
+    return copy.deepcopy(value) if isinstance(value, HandOver) and value.partial is not None else value
+
+
+def _settle(answer: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
     if answer.done():
         return
     if error is not None:
         answer.set_exception(error)
     else:
-        answer.set_result(pickle.loads(data))
+        answer.set_result(result)
 
 
 class RegionHandle:

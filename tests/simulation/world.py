@@ -90,13 +90,9 @@ class World:
         loop.on_killed = self.kill
         rays.FIND = self._find
         self.regions = [self._region(name) for name in REGIONS]
-        self.clients = [self._client(region, number) for region in self.regions for number in range(self._num_clients)]
+        self.clients = [self._client(region, number) for region in self.regions for number in range(dice.choice((3, 3, 4)))]
 
     # ---------------------------------------------------------------- making it
-
-    @property
-    def _num_clients(self) -> int:
-        return 4
 
     def _region(self, name: RegionId) -> Region:
         cluster = rays.Rays(self.loop)
@@ -252,7 +248,7 @@ class World:
     # ---------------------------------------------------------------- operators
 
     def job(self, rounds: int, **rules: Any) -> Job:
-        usual = {"evaluate_every": 0, "silence_s": 4.0, "report_timeout_s": 8.0, "min_clients": 2, "max_abandoned": 4}
+        usual = {"evaluate_every": 0, "silence_s": 6.0, "report_timeout_s": 8.0, "min_clients": 2, "max_abandoned": 4}
         return Job(
             job=JobHead(name="toy", app="toy", rounds=rounds),
             round=RoundRules(**(usual | rules)),
