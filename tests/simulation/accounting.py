@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -20,9 +21,11 @@ from hierfl.errors import HierFLError
 from hierfl.pki import Kit
 from hierfl.receipts import Reason, Receipt, ReceiptState
 from hierfl.types import AttemptKey, ClientId, ClientRef, RegionId, RunId, SiteId, TaskKind, UpdateKey
+from tests.simulation.disks import Disks
+from tests.simulation.stores import Memory, MemoryStore
 from tests.simulation.witness import Witness
 
-__all__ = ["Book", "Partial", "check", "read_book"]
+__all__ = ["Book", "Partial", "check", "on_record", "read_book"]
 
 
 @dataclass(frozen=True)
@@ -197,5 +200,21 @@ def _check_word(told: Receipt, book: Book) -> Iterator[str]:
             yield f"told {told}, on record is {known}"
 
 
-def problem_of(error: HierFLError) -> str:
-    return f"{type(error).__name__}: {error}"
+def on_record(told: Receipt, memory: Memory, disks: Disks, folder: Path) -> str:
+    """What is wrong with a word at the moment at which its client hears it: it has to be durable by then."""
+    key = told.key.attempt
+    if told.state not in (ReceiptState.SEALED, ReceiptState.COMMITTED, ReceiptState.NOT_COUNTED):
+        return ""
+    if told.reason == Reason.DIGEST_CONFLICT:
+        return ""
+    row = disks.row(
+        folder / told.key.client.region / "zone.sqlite",
+        "select state from receipts where run = ? and task = ? and round = ? and attempt = ? and site = ?"
+        " and client = ? and digest = ?",
+        (key.run, key.task.value, key.round, key.attempt, told.key.client.site, told.key.client.client, told.digest),
+    )
+    if row is None or (told.state.is_last_word and row[0] != told.state):
+        return f"heard {told} before it was on record ({row})"
+    if told.state is ReceiptState.COMMITTED and MemoryStore(memory).model(key.run, told.version) is None:
+        return f"heard {told} before that version was"
+    return ""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from combiners.zonefile import ZoneFile
 from hierfl.errors import StoreLocked
 from tests.simulation.loop import NODE, Node
 
-__all__ = ["on_simulated_disks"]
+__all__ = ["Disks", "on_simulated_disks"]
 
 _connect, _fsync = sqlite3.connect, os.fsync
 _replace, _unlink, _link = Path.replace, Path.unlink, Path.hardlink_to
@@ -27,33 +27,41 @@ class _Database(sqlite3.Connection):
     """A connection of one process, whose commits it may die at."""
 
     node: Node | None = None
+    disks: Disks
+    path: Path
 
     def execute(self, sql: str, *arguments: Any) -> sqlite3.Cursor:
         if self.node is None or sql[:6] not in ("commit", "COMMIT"):
             return super().execute(sql, *arguments)
         self.node.touch_disk()
+        holder = self.disks.locks.get(self.path.parent, self.node)
+        if holder is not self.node:
+            self.disks.intrusions.append(f"{self.node.name} wrote to {self.path} after {holder.name} had it")
         cursor = super().execute(sql, *arguments)
         self.node.touch_disk()
         return cursor
 
 
-class _Disks:
+class Disks:
     """Of one history."""
 
     def __init__(self) -> None:
         self.kept: dict[str, sqlite3.Connection] = {}
         """One connection for each database: it exists while one does."""
         self.locks: dict[Path, Node] = {}
+        """Who opened a zone store last."""
+        self.intrusions: list[str] = []
+        """What others committed to it since."""
 
     def connect(self, path: Any, **options: Any) -> sqlite3.Connection:
         node = NODE.get(None)
         if node is None:
             return _connect(path, **options)
-        uri = f"file:{str(path).replace('/', '_')}?mode=memory&cache=shared"
+        uri = _uri(path)
         if uri not in self.kept:
             self.kept[uri] = _connect(uri, uri=True, check_same_thread=False)
         made = _connect(uri, uri=True, factory=_Database, **options)
-        made.node = node
+        made.node, made.disks, made.path = node, self, Path(path)
         node.files.append(made)
         return made
 
@@ -66,9 +74,18 @@ class _Disks:
         self.locks[file.directory] = node
         return os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
 
+    def row(self, path: Path, query: str, values: Sequence[Any]) -> Any:
+        """The first row of what is committed in a database now."""
+        kept = self.kept.get(_uri(path))
+        return None if kept is None else kept.execute(query, values).fetchone()
+
     def close(self) -> None:
         for connection in self.kept.values():
             connection.close()
+
+
+def _uri(path: Any) -> str:
+    return f"file:{str(path).replace('/', '_')}?mode=memory&cache=shared"
 
 
 def _step() -> None:
@@ -102,15 +119,15 @@ def _unlinked(path: Path, missing_ok: bool = False) -> None:
 
 
 @contextmanager
-def on_simulated_disks() -> Iterator[None]:
+def on_simulated_disks() -> Iterator[Disks]:
     """While this lasts, what a node does with files and databases goes through here."""
-    disks = _Disks()
+    disks = Disks()
     before = ZoneFile._take_lock
     sqlite3.connect, os.fsync = disks.connect, _synced  # type: ignore[assignment]
     Path.replace, Path.unlink, Path.hardlink_to = _replaced, _unlinked, _linked  # type: ignore[assignment,method-assign]
     ZoneFile._take_lock = lambda file: disks.lock(file)  # type: ignore[method-assign]
     try:
-        yield
+        yield disks
     finally:
         sqlite3.connect, os.fsync = _connect, _fsync
         Path.replace, Path.unlink, Path.hardlink_to = _replace, _unlink, _link  # type: ignore[method-assign]

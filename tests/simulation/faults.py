@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from hierfl.types import RunId
 from tests.simulation.kits import CONTROLLERS
@@ -20,12 +20,36 @@ MEAN_S = 1.5
 """Mean time from the start to a fault: a round takes about one second."""
 
 
+CALLS = (
+    *("freeze", "freeze", "freeze", "freeze", "open", "close", "resume", "deliver", "register", "tick", "tick"),
+    *("Attach", "Uplink", "Uplink", "Report", "Abstain", "FetchModel", "Follow", "Admit", "Admit", "GetReceipts"),
+)
+"""By Ray in a region, by gRPC elsewhere."""
+
+
+@dataclass
+class Aim:
+    """A call that is waited for, and what happens then."""
+
+    method: str
+    left: int
+    """So many of them, until it is this one."""
+    is_caller: bool
+    is_kill: bool
+    after_s: float
+
+
 class Storm:
     """The faults of one history; what was done is in ``log``, for whoever looks into a seed."""
 
     def __init__(self, world: World, runs: list[RunId]) -> None:
         self.world, self.dice, self.runs = world, world.dice, runs
         self.log: list[str] = []
+        self.aims: list[Aim] = []
+        world.loop.on_freezing = self._freezing
+        world.network.on_call = self._called
+        for region in world.regions:
+            region.rays.on_call = self._called
         self.menu: list[tuple[int, Callable[[], Awaitable[None] | None]]] = [
             (3, self.kill_intake),
             (3, self.kill_region),
@@ -45,6 +69,9 @@ class Storm:
             (1, self.evil_twin),
             (1, self.cancel),
             (1, self.submit_again),
+            (2, self.region_freezes_at_disk),
+            (3, self.controller_freezes_at_disk),
+            (12, self.aim),
         ]
 
     def say(self, text: str) -> None:
@@ -75,11 +102,12 @@ class Storm:
         """No more faults, no more processes that do not run."""
         self.say("healed")
         world = self.world
+        self.aims.clear()
         world.network.heal()
         for region in world.regions:
             region.rays.odds = RayOdds()
         for node in world.loop.nodes():
-            node.dies_after = None
+            node.dies_after = node.freezes_after = None
             if node.is_frozen:
                 node.thaw()
 
@@ -127,11 +155,65 @@ class Storm:
     def client_dies_at_disk(self) -> None:
         self._dies_at_disk(self._client().node, 10)
 
+    # ---------------------------------------------------------------- right in the middle of a call
+
+    def aim(self) -> None:
+        """The next time, or one of the next, that a call is made, one of its two ends is killed or frozen."""
+        method, ordinal = self.dice.choice(CALLS), self.dice.choice((1, 1, 2, 3, 5))
+        is_caller, is_kill = self.dice.random() < 0.4, self.dice.random() < 0.6
+        after_s = self.dice.choice((0.0, 0.001, 0.002, 0.004, 0.01))
+        self.say(f"aim at {'the caller' if is_caller else 'the target'} of {method} number {ordinal}")
+        self.aims.append(Aim(method, ordinal, is_caller, is_kill, after_s))
+
+    def _called(self, method: str, caller: Node, target: Node) -> None:
+        for aim in [aim for aim in self.aims if aim.method == method]:
+            aim.left -= 1
+            if aim.left == 0:
+                self.aims.remove(aim)
+                victim = caller if aim.is_caller else target
+                self.world.loop.world.call(self.world.loop.call_later, aim.after_s, self._hit, victim, aim.is_kill)
+
+    def _hit(self, node: Node, is_kill: bool) -> None:
+        if is_kill:
+            self._kill(node)
+        elif node.runs:
+            self.world.loop.world.spawn(self._freeze(node, self._successor_of(node)))
+
+    def _successor_of(self, node: Node) -> Callable[[], None]:
+        """How somebody takes its place."""
+        world = self.world
+        for region in world.regions:
+            if region.actor.node is node:
+                return lambda: world.start_region(region)
+            for actor in region.intakes:
+                if actor.node is node:
+                    return lambda: world.start_intake(region, actor)
+        if node is world.controller:
+            address = CONTROLLERS[0] if node.name.startswith("ctl-b") else CONTROLLERS[1]
+            return lambda: world.start_controller(address)
+        return lambda: None
+
+    def _freezing(self, node: Node) -> None:
+        """It is in the middle of something at its disk: it does no more than that."""
+        self.world.loop.world.spawn(self._freeze(node, self._successor_of(node)))
+        node.freeze()
+
+    def _freezes_at_disk(self, node: Node | None, most: int) -> None:
+        if node is not None and node.runs:
+            node.freezes_after = self.dice.randrange(most)
+            self.say(f"{node.name} freezes after {node.freezes_after} steps at its disk")
+
+    def region_freezes_at_disk(self) -> None:
+        self._freezes_at_disk(self._region().actor.node, 25)
+
+    def controller_freezes_at_disk(self) -> None:
+        self._freezes_at_disk(self.world.controller, 25)
+
     # ---------------------------------------------------------------- processes that come back
 
     async def _freeze(self, node: Node | None, replace_it: Callable[[], None]) -> None:
         """Frozen for a while; where somebody has taken its place meanwhile it lives on for a moment, a zombie."""
-        if node is None or not node.runs:
+        if node is None or not node.is_alive:
             return
         is_replaced = self.dice.random() < 0.7
         self.say(f"freeze {node.name}" + (", replaced" if is_replaced else ""))
@@ -148,18 +230,17 @@ class Storm:
             self._kill(node)
 
     async def freeze_intake(self) -> None:
-        region = self._region()
-        actor = self.dice.choice(region.intakes)
-        await self._freeze(actor.node, lambda: self.world.start_intake(region, actor))
+        await self._freeze_one(self.dice.choice(self._region().intakes).node)
 
     async def freeze_region(self) -> None:
-        region = self._region()
-        await self._freeze(region.actor.node, lambda: self.world.start_region(region))
+        await self._freeze_one(self._region().actor.node)
 
     async def freeze_controller(self) -> None:
-        node = self.world.controller
-        address = CONTROLLERS[0] if node is not None and node.name.startswith("ctl-b") else CONTROLLERS[1]
-        await self._freeze(node, lambda: self.world.start_controller(address))
+        await self._freeze_one(self.world.controller)
+
+    async def _freeze_one(self, node: Node | None) -> None:
+        if node is not None and node.runs:
+            await self._freeze(node, self._successor_of(node))
 
     # ---------------------------------------------------------------- the network
 

@@ -14,7 +14,7 @@ from hierfl.errors import HierFLError
 from hierfl.receipts import ReceiptState
 from hierfl.runs import RunState
 from hierfl.types import RunId
-from tests.simulation.accounting import check, read_book
+from tests.simulation.accounting import check, on_record, read_book
 from tests.simulation.faults import Storm
 from tests.simulation.kits import kits
 from tests.simulation.loop import SimLoop, Stuck
@@ -29,6 +29,8 @@ __all__ = ["History", "run_history"]
 STORM_S = (1.0, 8.0)
 PATIENCE_S = 300.0
 """After the last fault every run ends, and every update has its last word, within so long."""
+TWICE = 0.2
+"""How often the same job is submitted twice from the start."""
 MOST_TOLD = 5
 MEMORY = Path("/dev/shm")
 
@@ -59,15 +61,16 @@ def run_history(seed: int) -> History:
     witness = Witness()
     try:
         network = Network(loop)
-        with simulated(loop, network, seed), witness.watching():
+        with simulated(loop, network, seed) as disks, witness.watching():
             world = World(loop, network, random.Random(f"world {seed}"), folder)
+            witness.look = lambda told: on_record(told, world.memory, disks, folder)
             try:
                 loop.run(_live(world, history, witness))
             except Stuck as stuck:
                 history.problems.append(str(stuck))
             finally:
                 world.is_over = True
-                history.problems += (world.failures + loop.errors)[:MOST_TOLD]
+                history.problems += (world.failures + loop.errors + witness.lies + disks.intrusions)[:MOST_TOLD]
                 loop.end()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -77,15 +80,20 @@ def run_history(seed: int) -> History:
 
 async def _live(world: World, history: History, witness: Witness) -> None:
     dice = world.dice
-    world.jobs = [world.job(dice.choice((1, 2, 2, 3)), min_regions=dice.choice((1, 2)))]
+    rules = {"min_regions": dice.choice((1, 2)), "report_timeout_s": dice.choice((1.5, 3.0, 8.0))}
+    world.jobs = [world.job(dice.choice((1, 2, 2, 3)), **rules)]
+    world.loop.slow_threads = dice.choice((0.0, 0.0, 0.02, 0.1))
     world.start()
     runs = [await world.submit(world.jobs[0], "first")]
+    if dice.random() < TWICE:
+        runs.append(await world.submit(world.jobs[0], "second"))
     storm = Storm(world, runs)
     history.log = storm.log
     await storm.blow(world.loop.now_s + dice.uniform(*STORM_S))
     storm.pass_over()
     await _settle(world, runs)
-    history.problems += [*_check(world, runs, witness)]
+    if not world.failures:
+        history.problems += [*_check(world, runs, witness)]
     _count(world, history, witness)
 
 

@@ -27,6 +27,8 @@ NODE: contextvars.ContextVar[Node] = contextvars.ContextVar("simulated_node")
 
 EXECUTOR_S = 0.002
 """Longest time that a function waits for its thread."""
+SLOW_S = 0.5
+"""The same, where threads are slow."""
 KEEP_TASKS = 256
 """Of a node, before those that are done are forgotten."""
 
@@ -53,6 +55,8 @@ class Node:
         """Whether it is among the loop's ready nodes."""
         self.dies_after: int | None = None
         """So many more steps that touch a disk; then it dies in the middle of one."""
+        self.freezes_after: int | None = None
+        """So many more such steps; then it is told of to ``loop.on_freezing``, which freezes it before its next one."""
         self.on_death: Callable[[], None] = _nobody
         self._context = contextvars.copy_context()
         self._context.run(NODE.set, self)
@@ -90,6 +94,11 @@ class Node:
         """One step at a disk begins, or has ended: the process may die here."""
         if not self.is_alive:
             raise Killed
+        if self.freezes_after is not None:
+            self.freezes_after -= 1
+            if self.freezes_after < 0:
+                self.freezes_after = None
+                self.loop.on_freezing(self)
         if self.dies_after is not None:
             self.dies_after -= 1
             if self.dies_after < 0:
@@ -118,6 +127,9 @@ class SimLoop(asyncio.AbstractEventLoop):
         """What would have been logged as an error of asyncio's."""
         self.on_killed: Callable[[Node], None] = lambda node: None
         """Told of a node that died at a disk, before its function unwinds."""
+        self.on_freezing: Callable[[Node], None] = Node.freeze
+        self.slow_threads = 0.0
+        """How often a function waits long for its thread."""
         self._ready: list[Node] = []
         self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
         self._numbers = itertools.count()
@@ -254,7 +266,10 @@ class SimLoop(asyncio.AbstractEventLoop):
         """The executor's functions one after the other, each on the loop, a little later."""
         result: asyncio.Future[T] = self.create_future()
         key = id(executor) if executor is not None else id(NODE.get(self.world))
-        start = max(self.now_s + EXECUTOR_S * self.random.random(), self._executor_free_at.get(key, 0.0))
+        wait_s = EXECUTOR_S * self.random.random()
+        if self.slow_threads and self.random.random() < self.slow_threads:
+            wait_s = SLOW_S * self.random.random()
+        start = max(self.now_s + wait_s, self._executor_free_at.get(key, 0.0))
         self._executor_free_at[key] = start
         self.call_at(start, _work, result, func, args)
         return result

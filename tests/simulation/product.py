@@ -37,6 +37,8 @@ from tests.simulation.wire import Network, SimChannel, SimServer
 
 __all__ = ["InlinePool", "InlineWorker", "simulated"]
 
+IN_THREADS = 0.5
+"""How often updates are checked and folded in threads, as large ones are."""
 DAY_NS = 86_400_000_000_000
 
 
@@ -132,7 +134,7 @@ class InlineWorker:
 
 
 @contextmanager
-def simulated(loop: SimLoop, network: Network, seed: int) -> Iterator[None]:
+def simulated(loop: SimLoop, network: Network, seed: int) -> Iterator[disks.Disks]:
     """While this lasts, the product lives in the simulation."""
     dice = random.Random(f"product {seed}")
     state = random.getstate()
@@ -164,13 +166,14 @@ def simulated(loop: SimLoop, network: Network, seed: int) -> Iterator[None]:
         *(mock.patch(f"{module}.verify", _verify) for module in CHECKERS),
         mock.patch("controller.leader.verify", _verify),
     ]
+    if dice.random() < IN_THREADS:
+        patches += [mock.patch("combiners.folding.INLINE_VALUES", 0), mock.patch("combiners.desk.INLINE_BYTES", 0)]
     logging.disable(logging.CRITICAL)
     try:
         with ExitStack() as stack:
             for patch in patches:
                 stack.enter_context(patch)
-            stack.enter_context(disks.on_simulated_disks())
-            yield
+            yield stack.enter_context(disks.on_simulated_disks())
     finally:
         logging.disable(logging.NOTSET)
         random.setstate(state)

@@ -59,6 +59,8 @@ class Rays:
     def __init__(self, loop: SimLoop) -> None:
         self.loop, self.random = loop, loop.random
         self.odds = RayOdds()
+        self.on_call: Callable[[str, Node, Node], None] = lambda method, caller, target: None
+        """Told of every call before it is sent."""
 
     async def call(self, actor: Actor, method: str, *arguments: Any) -> Any:
         """Call a method of an actor, wherever it runs. Raises ``Unreachable`` where that is not known."""
@@ -67,6 +69,7 @@ class Rays:
         if node is None or not node.is_alive or host is None:
             await asyncio.sleep(self.random.uniform(*NOTICED_S))
             raise Unreachable(f"{actor.name} is not there")
+        self.on_call(method, caller, node)
         odds, fate = self.odds, self.random.random()
         if fate >= odds.lost:
             answers = fate >= odds.lost + odds.unanswered

@@ -59,8 +59,8 @@ class Network:
         self.blocked: set[tuple[str, str]] = set()
         """Directed: (from, to)."""
         self.calls: set[Call] = set()
-        self.on_message: Callable[[Node, Node, str, bytes], None] = lambda source, target, method, data: None
-        """Sees every message that is delivered to a caller or a server, with its RPC."""
+        self.on_call: Callable[[str, Node, Node], None] = lambda method, caller, target: None
+        """Told of every RPC before it is sent."""
 
     # ---------------------------------------------------------------- messages
 
@@ -188,6 +188,7 @@ class Call:
             network.at(network.random.uniform(*NOTICED_S), self.client, self._fail, UNAVAILABLE)
             return
         self.server = server.node
+        network.on_call(self.method.rpartition("/")[2], self.client, self.server)
         if not network.open(self.client, self.server) or not self.server.runs:
             network.loop.world.call(
                 network.loop.call_later, network.random.uniform(*KEEPALIVE_S), network._look, self
@@ -237,7 +238,6 @@ class Call:
 
     def take(self, data: bytes) -> None:
         self._answers.append(data)
-        self.network.on_message(self.server, self.client, self.method, data)
         self._news.set()
 
     def take_end(self, code: Any, details: str, trailing: Any, response: bytes | None) -> None:
@@ -246,8 +246,6 @@ class Call:
         if code is not OK:
             self._fail(code, details, trailing)
             return
-        if response is not None:
-            self.network.on_message(self.server, self.client, self.method, response)
         self._outcome.set_result(None if response is None else self._value(response))
 
     def _value(self, data: bytes) -> Any:

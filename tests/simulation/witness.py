@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,6 +49,10 @@ class Witness:
     told: set[Receipt] = field(default_factory=set)
     """Every receipt that reached a client."""
     sent: set[Sent] = field(default_factory=set)
+    lies: list[str] = field(default_factory=list)
+    """Words that were not on record at the moment at which they were heard."""
+    look: Callable[[Receipt], str] = lambda told: ""
+    """What is wrong with a word, by what is durable now; empty where nothing is."""
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -68,7 +72,10 @@ class Witness:
     def _receipt(self, receipt: Any) -> Any:
         def received(link: Link, message: Any) -> Receipt:
             made: Receipt = receipt(link, message)
-            self.told.add(made)
+            if made not in self.told:
+                self.told.add(made)
+                if wrong := self.look(made):
+                    self.lies.append(wrong)
             return made
 
         return received

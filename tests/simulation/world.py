@@ -88,6 +88,7 @@ class World:
         """Those submitted."""
         self._starts: dict[str, int] = {}
         loop.on_killed = self.kill
+        loop.on_freezing = self.freeze
         rays.FIND = self._find
         self.regions = [self._region(name) for name in REGIONS]
         self.clients = [self._client(region, number) for region in self.regions for number in range(dice.choice((3, 3, 4)))]
@@ -228,7 +229,7 @@ class World:
         node = client.node = self.node(client.name)
 
         async def serve() -> None:
-            worker = InlineWorker(self.loop, lambda: self.dice.uniform(0.01, 0.5))
+            worker = InlineWorker(self.loop, self._train_s)
             app = App(name="toy", init=lambda config: {"w": np.zeros(3, np.float32)}, train=_trainer(client))
             site = Site(SitePolicy(app=app), {}, worker, lambda text: None)  # type: ignore[arg-type]
             client.session = Session(client.kit, site, client.directory)
@@ -244,6 +245,10 @@ class World:
         node.freeze()
         self.network.silent(node)
         self.zombies.append(node)
+
+    def _train_s(self) -> float:
+        """Most are quick, some are not."""
+        return self.dice.uniform(0.01, 0.3) if self.dice.random() < 0.8 else self.dice.uniform(0.3, 3.0)
 
     # ---------------------------------------------------------------- operators
 
