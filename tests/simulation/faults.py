@@ -6,7 +6,12 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 
-from hierfl.types import RunId
+from hierfl.client.held import Held
+from hierfl.client.session import Session
+from hierfl.errors import HierFLError
+from hierfl.records import UPDATE_CONTEXT, update_statement
+from hierfl.types import ClientRef, RunId, TaskKind, UpdateKey
+from hierfl.wire import hierfl_pb2 as pb
 from tests.simulation.kits import CONTROLLERS
 from tests.simulation.loop import Node
 from tests.simulation.rays import RayOdds
@@ -16,12 +21,13 @@ from tests.simulation.world import Client, Region, World
 __all__ = ["Storm"]
 
 LEVELS = (0.0, 0.0, 0.03, 0.12)
+NOT_COUNTED = pb.RECEIPT_STATE_NOT_COUNTED
 MEAN_S = 1.5
 """Mean time from the start to a fault: a round takes about one second."""
 
 
 CALLS = (
-    *("freeze", "freeze", "freeze", "freeze", "open", "close", "resume", "deliver", "register", "tick", "tick"),
+    *("freeze", "freeze", "freeze", "freeze", "freeze", "freeze", "open", "close", "resume", "deliver", "register", "tick", "tick"),
     *("Attach", "Uplink", "Uplink", "Report", "Abstain", "FetchModel", "Follow", "Admit", "Admit", "GetReceipts"),
 )
 """By Ray in a region, by gRPC elsewhere."""
@@ -45,6 +51,9 @@ class Storm:
     def __init__(self, world: World, runs: list[RunId]) -> None:
         self.world, self.dice, self.runs = world, world.dice, runs
         self.log: list[str] = []
+        self.twins: set[ClientRef] = set()
+        self.names: list[str] = []
+        """Of the faults drawn."""
         self.aims: list[Aim] = []
         world.loop.on_freezing = self._freezing
         world.network.on_call = self._called
@@ -72,6 +81,7 @@ class Storm:
             (2, self.region_freezes_at_disk),
             (3, self.controller_freezes_at_disk),
             (12, self.aim),
+            (2, self.other_keys),
         ]
 
     def say(self, text: str) -> None:
@@ -93,6 +103,7 @@ class Storm:
         for moment in moments:
             await asyncio.sleep(max(0.0, moment - self.world.loop.now_s))
             (fault,) = self.dice.choices([one for _, one in self.menu], [weight for weight, _ in self.menu])
+            self.names.append(fault.__name__)
             made = fault()
             if made is not None:
                 self.world.loop.create_task(made)  # type: ignore[arg-type]
@@ -299,6 +310,7 @@ class Storm:
         twin = replace(
             client, salt=client.salt + 100, directory=client.directory.parent / "evil", node=None, session=None
         )
+        self.twins.add(client.kit.identity.client_ref)
         self.world.clients.append(twin)
         self.world.start_client(twin)
 
@@ -310,3 +322,32 @@ class Storm:
     async def submit_again(self) -> None:
         self.say("the same job once more")
         self.runs.append(await self.world.submit(self.world.jobs[0], f"again-{len(self.runs)}"))
+
+    async def other_keys(self) -> None:
+        """An update is handed in for rounds, attempts and runs that are not, or not any more: nobody takes it."""
+        client = self._client()
+        node, session = client.node, client.session
+        if node is None or session is None or not node.runs:
+            return
+        self.say(f"{client.name} hands in under other keys")
+        held = next(iter(session.updates), None)
+        if held is not None:
+            node.spawn(self._hand_in_elsewhere(session, held))
+
+    async def _hand_in_elsewhere(self, session: Session, held: Held) -> None:
+        key = held.key
+        for other in (
+            replace(key, round=key.round + 5),
+            replace(key, round=max(1, key.round - 1), attempt=key.attempt + 3),
+            replace(key, attempt=key.attempt + 7),
+            replace(key, run=RunId("toy-none")),
+            replace(key, task=TaskKind.EVALUATE),
+        ):
+            outgoing, weight = session.updates.outgoing(held), held.head.weight
+            statement = update_statement(UpdateKey(other, session.client), held.digest, weight)
+            try:
+                answer = await session.link.admit(other, outgoing, weight, session.link.kit.sign(statement, UPDATE_CONTEXT))
+            except HierFLError:
+                continue
+            if answer.HasField("ticket") or (answer.HasField("receipt") and answer.receipt.state != NOT_COUNTED):
+                self.world.failures.append(f"{other} was taken: {answer}")

@@ -43,6 +43,8 @@ class History:
     problems: list[str] = field(default_factory=list)
     log: list[str] = field(default_factory=list)
     """Of its faults."""
+    faults: list[str] = field(default_factory=list)
+    """Their names."""
     simulated_s: float = 0.0
     steps: int = 0
     updates: int = 0
@@ -88,7 +90,7 @@ async def _live(world: World, history: History, witness: Witness) -> None:
     if dice.random() < TWICE:
         runs.append(await world.submit(world.jobs[0], "second"))
     storm = Storm(world, runs)
-    history.log = storm.log
+    history.log, history.faults, witness.twins = storm.log, storm.names, storm.twins
     await storm.blow(world.loop.now_s + dice.uniform(*STORM_S))
     storm.pass_over()
     await _settle(world, runs)
@@ -136,8 +138,8 @@ def _check(world: World, runs: list[RunId], witness: Witness) -> Iterator[str]:
             region.name: read_book(region.actor.host.store, region.name, region.kit) for region in world.regions
         }
         assert world.app is not None
-        store, blobs = MemoryStore(world.memory), world.app.leader.blobs
-        yield from check(store, blobs, books, witness, POLICY.k)
+        leader = world.app.leader
+        yield from check(MemoryStore(world.memory), leader.blobs, leader.commits, books, witness, POLICY.k)
     except HierFLError as error:
         yield f"the accounts cannot be read: {type(error).__name__}: {error}"
 

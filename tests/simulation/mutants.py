@@ -72,16 +72,15 @@ def _keeps_claims_of_the_dead(region: Region, incarnation: str) -> None:
 
 
 async def _hands_over_at_once(folding: Folding, incarnation: str, seal_id: str) -> HandOver:
-    """What is granted and not yet folded is listed, too."""
+    """What is granted and not yet folded is listed, and weighed, too."""
     listed = {**folding.folding, **folding.folded}
     made = HandOver(incarnation=incarnation, key=folding.opening.key, seal_id=seal_id, entries=tuple(listed.values()))
-    partial = folding._accumulator.partial(len({client.site for client in listed})) if folding._accumulator else None
-    return replace(made, partial=partial)
-
-
-def _resumes_empty(folding: Folding) -> None:
-    folding._hand_over = folding._accumulator = None
-    folding._notify()
+    if folding._accumulator is None or not folding.folded:
+        return replace(made, entries=())
+    partial = folding._accumulator.partial(len({client.site for client in listed}))
+    weight = sum(claim.weight for claim in listed.values())
+    folding._hand_over = replace(made, partial=replace(partial, weight=weight, num_updates=len(listed)))
+    return folding._hand_over
 
 
 # ---------------------------------------------------------------- stores
@@ -185,7 +184,6 @@ MUTANTS: Mapping[str, Mutant] = {
         (Cohort, "_claimed_before", _grants_twice), (Region, "_hand_over", _believes)
     ),
     "claims of a dead intake are kept": _patching((Region, "_void", _keeps_claims_of_the_dead)),
-    "a resumed seal forgets what was folded": _patching((Folding, "resume", _resumes_empty)),
     "an intake hands over before it has folded": _patching((Folding, "hand_over", _hands_over_at_once)),
     "a verdict settles the receipts of another run": _patching((ZoneStore, "settle", _of_any_run)),
     "receipts are written after their seal": _patching(

@@ -15,7 +15,7 @@ from combiners.uplink import Uplink
 from hierfl.client.held import Held, HeldUpdates
 from hierfl.client.link import Link
 from hierfl.receipts import Receipt
-from hierfl.types import AttemptKey
+from hierfl.types import AttemptKey, ClientRef
 from tests.simulation.loop import current
 
 __all__ = ["Made", "Sent", "Witness"]
@@ -49,6 +49,8 @@ class Witness:
     told: set[Receipt] = field(default_factory=set)
     """Every receipt that reached a client."""
     sent: set[Sent] = field(default_factory=set)
+    twins: set[ClientRef] = field(default_factory=set)
+    """Clients of which there are two processes, with other data."""
     lies: list[str] = field(default_factory=list)
     """Words that were not on record at the moment at which they were heard."""
     look: Callable[[Receipt], str] = lambda told: ""

@@ -98,7 +98,7 @@ class World:
     def _region(self, name: RegionId) -> Region:
         cluster = rays.Rays(self.loop)
         region = Region(name, kits().combiners[name], self.directory / name, cluster, rays.Actor(f"{name}.region"))
-        region.intakes = [rays.Actor(f"{name}.intake-{n}") for n in range(self.dice.choice((1, 2)))]
+        region.intakes = [rays.Actor(f"{name}.intake-{n}") for n in range(self.dice.choice((1, 2, 2)))]
         return region
 
     def _client(self, region: Region, number: int) -> Client:
