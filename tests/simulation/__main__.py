@@ -30,7 +30,10 @@ def _run(seeds: range) -> list[History]:
     gc.disable()
     histories = []
     for number, seed in enumerate(seeds, 1):
-        histories.append(run_history(seed))
+        history = run_history(seed)
+        histories.append(history)
+        for problem in history.problems:
+            print(f"seed {seed}: {problem}", file=sys.stderr, flush=True)
         if number % COLLECT_EVERY == 0:
             gc.collect()
     gc.enable()
@@ -74,9 +77,6 @@ def main() -> int:
             histories = [history for part in pool.map(_run, parts) for history in part]
     else:
         histories = [history for part in parts for history in _run(part)]
-    for history in histories:
-        for problem in history.problems:
-            print(f"seed {history.seed}: {problem}", file=sys.stderr)
     figures = _figures(histories, time.perf_counter() - began_s)
     print(json.dumps(figures, indent=2))
     return bool(figures["failed"])

@@ -95,6 +95,10 @@ class Network:
         if dead or not call.server.runs or not call.client.runs:
             call.break_off()
 
+    def lose(self, call: Call) -> None:
+        """A message found no way: its connection cannot go on without it."""
+        self.loop.world.call(self.loop.call_later, self.random.uniform(*KEEPALIVE_S), call.break_off)
+
     def gone(self, node: Node) -> None:
         """A node died: its connections are reset."""
         for address in [address for address, server in self.servers.items() if server.node is node]:
@@ -225,6 +229,7 @@ class Call:
         """To the server, in order; lost where there is no way."""
         network = self.network
         if not network.open(self.client, self.server):
+            network.lose(self)
             return
         now = network.loop.now_s
         self._sent_at = max(self._sent_at, now + network.latency_s() + after_s)
@@ -415,7 +420,10 @@ class Half:
 
     def _send(self, function: Callable[..., None], *arguments: Any) -> None:
         network = self.call.network
-        if not self._answers or not network.open(self.server.node, self.call.client):
+        if not self._answers:
+            return
+        if not network.open(self.server.node, self.call.client):
+            network.lose(self.call)
             return
         now = network.loop.now_s
         self._sent_at = max(self._sent_at, now + network.latency_s())
