@@ -95,7 +95,7 @@ class Storm:
             region.rays.odds = RayOdds(draw() / 2, draw() / 2, draw())
         self.say(f"odds {self.world.network.odds} {[region.rays.odds for region in self.world.regions]}")
 
-    async def blow(self, until_s: float) -> None:
+    async def blow(self, until_s: float, is_over: Callable[[], bool]) -> None:
         """A few faults, one after the other, at moments of their own."""
         self.odds()
         count = self.dice.choice((1, 2, 2, 3, 4, 6))
@@ -107,7 +107,10 @@ class Storm:
             made = fault()
             if made is not None:
                 self.world.loop.create_task(made)  # type: ignore[arg-type]
-        await asyncio.sleep(max(0.0, until_s - self.world.loop.now_s))
+            if is_over():
+                return
+        while self.world.loop.now_s < until_s and not is_over():
+            await asyncio.sleep(0.25)
 
     def pass_over(self) -> None:
         """No more faults, no more processes that do not run."""

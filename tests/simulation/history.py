@@ -29,6 +29,8 @@ __all__ = ["History", "run_history"]
 STORM_S = (1.0, 8.0)
 PATIENCE_S = 300.0
 """After the last fault every run ends, and every update has its last word, within so long."""
+ALONE = 0.4
+"""How often there is one region only: all of the product, at half the work."""
 TWICE = 0.2
 """How often the same job is submitted twice from the start."""
 MOST_TOLD = 5
@@ -62,9 +64,10 @@ def run_history(seed: int) -> History:
     history = History(seed)
     witness = Witness()
     try:
-        network = Network(loop)
-        with simulated(loop, network, seed) as disks, witness.watching():
-            world = World(loop, network, random.Random(f"world {seed}"), folder)
+        network, dice = Network(loop), random.Random(f"world {seed}")
+        certificates = kits(1 if dice.random() < ALONE else 2)
+        with simulated(loop, network, certificates, seed) as disks, witness.watching():
+            world = World(loop, network, certificates, dice, folder)
             witness.look = lambda told: on_record(told, world.memory, disks, folder)
             try:
                 loop.run(_live(world, history, witness))
@@ -82,8 +85,8 @@ def run_history(seed: int) -> History:
 
 async def _live(world: World, history: History, witness: Witness) -> None:
     dice = world.dice
-    rules = {"min_regions": dice.choice((1, 2)), "report_timeout_s": dice.choice((1.5, 3.0, 8.0))}
-    world.jobs = [world.job(dice.choice((1, 2, 2, 3)), **rules)]
+    rules = {"min_regions": dice.randint(1, len(world.regions)), "report_timeout_s": dice.choice((1.5, 3.0, 8.0))}
+    world.jobs = [world.job(dice.choice((1, 1, 2, 2, 3)), **rules)]
     world.loop.slow_threads = dice.choice((0.0, 0.0, 0.02, 0.1))
     world.start()
     runs = [await world.submit(world.jobs[0], "first")]
@@ -91,7 +94,7 @@ async def _live(world: World, history: History, witness: Witness) -> None:
         runs.append(await world.submit(world.jobs[0], "second"))
     storm = Storm(world, runs)
     history.log, history.faults, witness.twins = storm.log, storm.names, storm.twins
-    await storm.blow(world.loop.now_s + dice.uniform(*STORM_S))
+    await storm.blow(world.loop.now_s + dice.uniform(*STORM_S), lambda: not any(_waits(world, runs)))
     storm.pass_over()
     await _settle(world, runs)
     if not world.failures:

@@ -1,4 +1,4 @@
-"""Certificates of a small federation, made once a process: regions ``eu`` and ``us``, four sites each."""
+"""Certificates of two small federations, made once a process: of region ``eu``, and of ``eu`` and ``us``; four sites each."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class Kits:
 
 
 @functools.cache
-def kits() -> Kits:
+def kits(num_regions: int) -> Kits:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         provision.init(folder, "sim")
         clients, combiners = {}, {}
-        for region in REGIONS:
+        for region in REGIONS[:num_regions]:
             provision.add_region(folder, region)
             addresses = tuple(f"{region}.intake-{number}:1" for number in range(MOST_INTAKES))
             for site in range(SITES):

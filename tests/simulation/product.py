@@ -31,12 +31,14 @@ from hierfl.identity import Identity
 from hierfl.pki import Kit, TrustStore, verify_leaf
 from hierfl.wire import tls
 from tests.simulation import disks
-from tests.simulation.kits import kits
+from tests.simulation.kits import Kits
 from tests.simulation.loop import SimLoop
 from tests.simulation.wire import Network, SimChannel, SimServer
 
 __all__ = ["InlinePool", "InlineWorker", "simulated"]
 
+HEARTBEAT_S = 2.0
+"""Between two ticks of an idle intake: half as often, for less to do."""
 IN_THREADS = 0.5
 """How often updates are checked and folded in threads, as large ones are."""
 DAY_NS = 86_400_000_000_000
@@ -134,19 +136,20 @@ class InlineWorker:
 
 
 @contextmanager
-def simulated(loop: SimLoop, network: Network, seed: int) -> Iterator[disks.Disks]:
+def simulated(loop: SimLoop, network: Network, kits: Kits, seed: int) -> Iterator[disks.Disks]:
     """While this lasts, the product lives in the simulation."""
     dice = random.Random(f"product {seed}")
     state = random.getstate()
     random.seed(seed)
-    start_ns = int(kits().controller.certificate.not_valid_before_utc.timestamp()) * 1_000_000_000 + DAY_NS // 12
+    start_ns = int(kits.controller.certificate.not_valid_before_utc.timestamp()) * 1_000_000_000 + DAY_NS // 12
     ticks = iter(range(10**12))
-    registered = {str(kit.path): kit for of in kits().clients.values() for kit in of}
+    registered = {str(kit.path): kit for of in kits.clients.values() for kit in of}
 
     def server(interceptors: Any = (), options: Any = ()) -> SimServer:
         return SimServer(network, interceptors)
 
     patches = [
+        mock.patch("combiners.link.HEARTBEAT_S", HEARTBEAT_S),
         mock.patch.object(time, "monotonic", lambda: 1000.0 + loop.now_s),
         mock.patch.object(time, "time_ns", lambda: start_ns + int(loop.now_s * 1e9) + next(ticks)),
         mock.patch.object(secrets, "token_hex", lambda n=8: f"{dice.getrandbits(8 * n):0{2 * n}x}"),

@@ -32,7 +32,7 @@ from hierfl.residency import ZonePolicy
 from hierfl.runs import RunState
 from hierfl.types import RegionId, RunId
 from tests.simulation import rays
-from tests.simulation.kits import CONTROLLERS, REGIONS, kits
+from tests.simulation.kits import CONTROLLERS, Kits
 from tests.simulation.loop import Node, SimLoop
 from tests.simulation.product import InlineWorker
 from tests.simulation.stores import Memory, MemoryStore
@@ -74,7 +74,8 @@ class Region:
 class World:
     """See the module."""
 
-    def __init__(self, loop: SimLoop, network: Network, dice: random.Random, directory: Path) -> None:
+    def __init__(self, loop: SimLoop, network: Network, kits: Kits, dice: random.Random, directory: Path) -> None:
+        self.kits = kits
         self.loop, self.network, self.dice, self.directory = loop, network, dice, directory
         self.memory = Memory()
         self.app: ControllerApp | None = None
@@ -90,19 +91,19 @@ class World:
         loop.on_killed = self.kill
         loop.on_freezing = self.freeze
         rays.FIND = self._find
-        self.regions = [self._region(name) for name in REGIONS]
-        self.clients = [self._client(region, number) for region in self.regions for number in range(dice.choice((3, 3, 4)))]
+        self.regions = [self._region(name) for name in kits.combiners]
+        self.clients = [self._client(region, number) for region in self.regions for number in range(dice.choice((3, 3, 3, 4)))]
 
     # ---------------------------------------------------------------- making it
 
     def _region(self, name: RegionId) -> Region:
         cluster = rays.Rays(self.loop)
-        region = Region(name, kits().combiners[name], self.directory / name, cluster, rays.Actor(f"{name}.region"))
+        region = Region(name, self.kits.combiners[name], self.directory / name, cluster, rays.Actor(f"{name}.region"))
         region.intakes = [rays.Actor(f"{name}.intake-{n}") for n in range(self.dice.choice((1, 2, 2)))]
         return region
 
     def _client(self, region: Region, number: int) -> Client:
-        kit = kits().clients[region.name][number]
+        kit = self.kits.clients[region.name][number]
         return Client(f"{region.name}-c{number}", kit, self.directory / "sites", salt=number + 1)
 
     def _find(self, name: str) -> tuple[rays.Rays, rays.Actor]:
@@ -166,7 +167,7 @@ class World:
 
         async def serve() -> None:
             app = ControllerApp(
-                kits().controller, self.directory / "controller", address, open_store=lambda *_: MemoryStore(memory)
+                self.kits.controller, self.directory / "controller", address, open_store=lambda *_: MemoryStore(memory)
             )
             async with app:
                 if self.controller is node:
