@@ -18,7 +18,6 @@ from controller.commits import Commits
 from controller.rows import RegionShare, RoundRow, RunRow
 from controller.store import Store
 from hierfl.border import verify_rows
-from hierfl.errors import HierFLError
 from hierfl.pki import Kit
 from hierfl.receipts import Reason, Receipt, ReceiptState
 from hierfl.types import AttemptKey, ClientId, ClientRef, RegionId, RunId, SiteId, TaskKind, UpdateKey
@@ -77,7 +76,9 @@ def read_book(store: ZoneStore, region: RegionId, kit: Kit) -> Book:
     return Book(region, partials, receipts, frozenset((one.key, one.digest) for one in crossed))
 
 
-def check(store: Store, blobs: Blobs, commits: Commits, books: dict[RegionId, Book], witness: Witness, k: int) -> Iterator[str]:
+def check(
+    store: Store, blobs: Blobs, commits: Commits, books: dict[RegionId, Book], witness: Witness, k: int
+) -> Iterator[str]:
     """What is wrong, sentence by sentence; nothing where the accounting is right."""
     runs = {run.run: run for run in store.runs()}
     rounds = [told for run in runs for told in store.rounds(run)]
@@ -93,7 +94,11 @@ def check(store: Store, blobs: Blobs, commits: Commits, books: dict[RegionId, Bo
     for book in books.values():
         yield from _check_receipts(book, versions, runs)
         yield from _check_releases(book, witness)
-    yield from (sentence for told in witness.told for sentence in _check_word(told, books[told.key.client.region], witness.twins))
+    yield from (
+        sentence
+        for told in witness.told
+        for sentence in _check_word(told, books[told.key.client.region], witness.twins)
+    )
 
 
 def _check_share(

@@ -123,9 +123,13 @@ def on_simulated_disks() -> Iterator[Disks]:
     """While this lasts, what a node does with files and databases goes through here."""
     disks = Disks()
     before = ZoneFile._take_lock
+
+    def lock(file: ZoneFile) -> int:
+        return disks.lock(file)
+
     sqlite3.connect, os.fsync = disks.connect, _synced  # type: ignore[assignment]
     Path.replace, Path.unlink, Path.hardlink_to = _replaced, _unlinked, _linked  # type: ignore[assignment,method-assign]
-    ZoneFile._take_lock = lambda file: disks.lock(file)  # type: ignore[method-assign]
+    ZoneFile._take_lock = lock  # type: ignore[method-assign]
     try:
         yield disks
     finally:

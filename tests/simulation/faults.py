@@ -27,7 +27,21 @@ MEAN_S = 1.5
 
 
 CALLS = (
-    *("freeze", "freeze", "freeze", "freeze", "freeze", "freeze", "open", "close", "resume", "deliver", "register", "tick", "tick"),
+    *(
+        "freeze",
+        "freeze",
+        "freeze",
+        "freeze",
+        "freeze",
+        "freeze",
+        "open",
+        "close",
+        "resume",
+        "deliver",
+        "register",
+        "tick",
+        "tick",
+    ),
     *("Attach", "Uplink", "Uplink", "Report", "Abstain", "FetchModel", "Follow", "Admit", "Admit", "GetReceipts"),
 )
 """By Ray in a region, by gRPC elsewhere."""
@@ -349,7 +363,9 @@ class Storm:
             outgoing, weight = session.updates.outgoing(held), held.head.weight
             statement = update_statement(UpdateKey(other, session.client), held.digest, weight)
             try:
-                answer = await session.link.admit(other, outgoing, weight, session.link.kit.sign(statement, UPDATE_CONTEXT))
+                answer = await session.link.admit(
+                    other, outgoing, weight, session.link.kit.sign(statement, UPDATE_CONTEXT)
+                )
             except HierFLError:
                 continue
             if answer.HasField("ticket") or (answer.HasField("receipt") and answer.receipt.state != NOT_COUNTED):

@@ -1,4 +1,4 @@
-"""One seeded history: a federation trains, things go wrong, they are mended, and in the end the accounts are checked."""
+"""One seeded history: a federation trains, things go wrong and are mended, and in the end the accounts are checked."""
 
 from __future__ import annotations
 
@@ -137,9 +137,7 @@ def _waits(world: World, runs: list[RunId]) -> Iterator[str]:
 
 def _check(world: World, runs: list[RunId], witness: Witness) -> Iterator[str]:
     try:
-        books = {
-            region.name: read_book(region.actor.host.store, region.name, region.kit) for region in world.regions
-        }
+        books = {region.name: read_book(region.actor.host.store, region.name, region.kit) for region in world.regions}
         assert world.app is not None
         leader = world.app.leader
         yield from check(MemoryStore(world.memory), leader.blobs, leader.commits, books, witness, POLICY.k)

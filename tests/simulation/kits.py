@@ -1,4 +1,4 @@
-"""Certificates of two small federations, made once a process: of region ``eu``, and of ``eu`` and ``us``; four sites each."""
+"""Certificates of two small federations, made once a process: of region ``eu``, and of ``eu`` and ``us``."""
 
 from __future__ import annotations
 

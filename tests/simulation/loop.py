@@ -17,6 +17,7 @@ import random
 import sqlite3
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
 from typing import Any, TypeVar
 
 __all__ = ["NODE", "Killed", "Node", "SimLoop", "Stuck", "current"]
@@ -212,10 +213,8 @@ class SimLoop(asyncio.AbstractEventLoop):
         try:
             for task in [task for node in self._nodes for task in node.tasks if not task.done()]:
                 task._log_destroy_pending = False
-                try:
+                with suppress(BaseException):  # they are ended, not asked
                     task.get_coro().close()
-                except BaseException:  # noqa: BLE001, S110  they are ended, not asked
-                    pass
         finally:
             asyncio._set_running_loop(None)
 

@@ -12,10 +12,9 @@ from typing import Any
 from unittest import mock
 
 from combiners import zonefile
-from combiners.attempt import Attempt, Phase, Step
-from combiners.cohort import Cohort, Member, Standing
-from combiners.desk import Desk
-from combiners.events import HandedOver, SendPartial
+from combiners.attempt import Attempt, Phase
+from combiners.cohort import Cohort, Member
+from combiners.events import HandedOver
 from combiners.folding import Folding
 from combiners.host import RegionHost
 from combiners.messages import Answer, Claim, ClaimAnswer, HandOver
@@ -142,7 +141,7 @@ async def _believes_any_verdict(session: RegionSession, verdict: Any, digest: st
 
 
 async def _refuses_without_record(reception: Reception, incarnation: str, claim: Claim) -> ClaimAnswer:
-    with mock.patch.object(ZoneStore, "record", lambda store, receipts: None):
+    with mock.patch.object(ZoneStore, "record"):
         answer = await _answer(reception, incarnation, claim)
     if answer.answer is Answer.REFUSED and answer.reason is not None:
         told = Receipt(key=claim.key, digest=claim.digest, state="not_counted", reason=answer.reason)  # type: ignore[arg-type]

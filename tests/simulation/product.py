@@ -44,6 +44,10 @@ IN_THREADS = 0.5
 DAY_NS = 86_400_000_000_000
 
 
+def _nothing(*_: object) -> None:
+    """What is not needed here."""
+
+
 VERIFIERS = ("combiners.trust", "controller.leader", "hierfl.client.offers", "hierfl.endpoints", "hierfl.wire.tls")
 """Modules that check leaves: the same few, again and again."""
 
@@ -148,21 +152,30 @@ def simulated(loop: SimLoop, network: Network, kits: Kits, seed: int) -> Iterato
     def server(interceptors: Any = (), options: Any = ()) -> SimServer:
         return SimServer(network, interceptors)
 
+    def monotonic() -> float:
+        return 1000.0 + loop.now_s
+
+    def time_ns() -> int:
+        return start_ns + int(loop.now_s * 1e9) + next(ticks)
+
+    def uuid4() -> uuid.UUID:
+        return uuid.UUID(int=dice.getrandbits(128))
+
     patches = [
         mock.patch("combiners.link.HEARTBEAT_S", HEARTBEAT_S),
-        mock.patch.object(time, "monotonic", lambda: 1000.0 + loop.now_s),
-        mock.patch.object(time, "time_ns", lambda: start_ns + int(loop.now_s * 1e9) + next(ticks)),
+        mock.patch.object(time, "monotonic", monotonic),
+        mock.patch.object(time, "time_ns", time_ns),
         mock.patch.object(secrets, "token_hex", lambda n=8: f"{dice.getrandbits(8 * n):0{2 * n}x}"),
         mock.patch.object(secrets, "token_bytes", dice.randbytes),
-        mock.patch.object(uuid, "uuid4", lambda: uuid.UUID(int=dice.getrandbits(128))),
+        mock.patch.object(uuid, "uuid4", uuid4),
         mock.patch.object(grpc.aio, "server", server),
         mock.patch.object(tls, "open_channel", lambda kit, address, server: SimChannel(network, kit, address)),
-        mock.patch.object(tls, "server_credentials", lambda kit: None),
+        mock.patch.object(tls, "server_credentials", _nothing),
         mock.patch.object(tls, "bind", lambda server, address, credentials: server.bind(address)),
-        mock.patch.object(kernels, "warm_up", lambda: False),
-        mock.patch.object(kernels_encodings, "warm_up", lambda: False),
+        mock.patch.object(kernels, "warm_up", _nothing),
+        mock.patch.object(kernels_encodings, "warm_up", _nothing),
         mock.patch.object(Kit, "load", lambda path, now=None: registered[str(path)]),
-        mock.patch.object(hierfl.client.work, "seed_generators", lambda seed: None),
+        mock.patch.object(hierfl.client.work, "seed_generators", _nothing),
         mock.patch("controller.blobs.ThreadPoolExecutor", InlinePool),
         *(mock.patch(f"{module}.verify_leaf", _verified_leaf) for module in VERIFIERS),
         *(mock.patch(f"{module}.sign", _sign) for module in SIGNERS),

@@ -103,9 +103,7 @@ class Rays:
             except HierFLError as failed:
                 result, error = None, failed
             if answer is not None:
-                self.loop.call_later(
-                    self._latency_s(), _settle, answer, result, error, context=caller._context.copy()
-                )
+                self.loop.call_later(self._latency_s(), _settle, answer, result, error, context=caller._context.copy())
 
         def begin() -> None:
             self.loop.create_task(run())
@@ -142,7 +140,7 @@ class RegionHandle:
 
     async def register(self, name: str, address: str, port: IntakePort) -> Registration:
         del port  # it is called by its actor's name
-        registration: Registration = await self._call("register", name, address, IntakeHandle(self._own.name))
+        registration: Registration = await self._call("register", name, address, IntakeHandle(self._rays, self._own))
         return registration
 
     async def tick(self, incarnation: str, tick: Tick) -> TickReply:
@@ -158,19 +156,15 @@ class RegionHandle:
         return clients
 
 
-FIND: Callable[[str], tuple[Rays, Actor]]
-"""Set by the world: the actor of a name, as ``ray.get_actor``."""
-
-
 @dataclass(frozen=True)
 class IntakeHandle:
     """``IntakePort`` of an intake's actor, for the Region."""
 
-    name: str
+    rays: Rays
+    actor: Actor
 
     async def _call(self, method: str, *arguments: Any) -> Any:
-        rays, actor = FIND(self.name)
-        return await rays.call(actor, method, *arguments)
+        return await self.rays.call(self.actor, method, *arguments)
 
     async def open(self, opening: Opening) -> None:
         await self._call("open", opening)

@@ -19,7 +19,7 @@ from tests.simulation.mutants import MUTANTS
 from tests.simulation.stores import Memory, MemoryStore
 
 REGRESSIONS = [int(line.split()[0]) for line in (Path(__file__).parent / "regressions.txt").read_text().splitlines()]
-FAST, MANY, PART = 100, 2000, 50
+FAST, MANY, PART = 100, 2000, 25
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +92,9 @@ def test_every_broken_rule_is_noticed(name: str) -> None:
 # ---------------------------------------------------------------- the store in memory
 
 RUN, REGION = RunId("run"), RegionId("eu")
-regions = st.builds(RegionRow, region=st.sampled_from(["eu", "us"]), region_epoch=st.integers(1, 3), store_id=st.just("s"))
+regions = st.builds(
+    RegionRow, region=st.sampled_from(["eu", "us"]), region_epoch=st.integers(1, 3), store_id=st.just("s")
+)
 answers = st.builds(
     AnswerRow,
     run=st.just(RUN),
@@ -103,7 +105,9 @@ answers = st.builds(
     received_unix_ns=st.integers(1, 2),
     code=st.sampled_from(["late", "policy"]),
 )
-steps = st.lists(st.one_of(st.none(), st.tuples(st.integers(-1, 0), st.lists(regions | answers, max_size=3))), max_size=12)
+steps = st.lists(
+    st.one_of(st.none(), st.tuples(st.integers(-1, 0), st.lists(regions | answers, max_size=3))), max_size=12
+)
 
 
 @settings(max_examples=40, deadline=None)

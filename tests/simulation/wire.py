@@ -162,9 +162,7 @@ class SimChannel:
 class Call:
     """One RPC as its caller holds it; ``_Half`` objects are what runs of it at the server."""
 
-    def __init__(
-        self, channel: SimChannel, shape: str, method: str, write: Any, read: Any, metadata: Metadata
-    ) -> None:
+    def __init__(self, channel: SimChannel, shape: str, method: str, write: Any, read: Any, metadata: Metadata) -> None:
         self.channel, self.network, self.shape, self.method = channel, channel.network, shape, method
         self.metadata = metadata
         self.client, self.server = channel.node, channel.node
@@ -194,9 +192,7 @@ class Call:
         self.server = server.node
         network.on_call(self.method.rpartition("/")[2], self.client, self.server)
         if not network.open(self.client, self.server) or not self.server.runs:
-            network.loop.world.call(
-                network.loop.call_later, network.random.uniform(*KEEPALIVE_S), network._look, self
-            )
+            network.loop.world.call(network.loop.call_later, network.random.uniform(*KEEPALIVE_S), network._look, self)
         odds = network.odds
         data = request if self._write is None or request is None else self._write(request)
         is_stream = self.shape != "unary_unary"

@@ -1,4 +1,4 @@
-"""What a witness outside of the product has seen: every update made, every word told to a client, every release sent."""
+"""What a witness outside of the product has seen: every update made, every word told to a client, every release."""
 
 from __future__ import annotations
 

@@ -90,9 +90,10 @@ class World:
         self._starts: dict[str, int] = {}
         loop.on_killed = self.kill
         loop.on_freezing = self.freeze
-        rays.FIND = self._find
         self.regions = [self._region(name) for name in kits.combiners]
-        self.clients = [self._client(region, number) for region in self.regions for number in range(dice.choice((3, 3, 3, 4)))]
+        self.clients = [
+            self._client(region, number) for region in self.regions for number in range(dice.choice((3, 3, 3, 4)))
+        ]
 
     # ---------------------------------------------------------------- making it
 
@@ -105,9 +106,6 @@ class World:
     def _client(self, region: Region, number: int) -> Client:
         kit = self.kits.clients[region.name][number]
         return Client(f"{region.name}-c{number}", kit, self.directory / "sites", salt=number + 1)
-
-    def _find(self, name: str) -> tuple[rays.Rays, rays.Actor]:
-        return next((r.rays, actor) for r in self.regions for actor in r.intakes if actor.name == name)
 
     def start(self) -> None:
         self.start_controller(CONTROLLERS[0])
