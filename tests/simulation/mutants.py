@@ -6,7 +6,7 @@ Where two guards stand behind each other, both are taken away: one alone is no d
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -24,6 +24,8 @@ from combiners.session import Session as RegionSession
 from combiners.zone import ZoneStore
 from controller.commits import Commits
 from controller.loop import RunLoop
+from hierfl.client.session import Session as ClientSession
+from hierfl.errors import HierFLError
 from hierfl.receipts import Receipt
 from tests.simulation.stores import MemoryStore
 
@@ -165,6 +167,12 @@ def _announces_first(loop: RunLoop, open_: Any, run: Any, attempt: Any, rows: An
 _committed = RunLoop._committed
 
 
+async def _asks_once(session: ClientSession) -> None:
+    with suppress(HierFLError):
+        for receipt in await session.link.receipts(session._without_last_word()):
+            session._on_receipt(receipt)
+
+
 # ---------------------------------------------------------------- releases
 
 
@@ -194,6 +202,7 @@ MUTANTS: Mapping[str, Mutant] = {
     "every committed round counts as ours": _patching((RegionSession, "_is_counted", _believes_any_verdict)),
     "a refusal is told without a record": _patching((Reception, "_answer", _refuses_without_record)),
     "regions hear of a version before it is stored": _patching((RunLoop, "_committed", _announces_first)),
+    "a client asks once what became of its updates": _patching((ClientSession, "_ask_for_receipts", _asks_once)),
     "a region releases anew for every attempt": _patching(
         (Region, "_admit_attempt", _releases_again), (zonefile, "_SCHEMA", UNGUARDED)
     ),
