@@ -57,7 +57,7 @@ class History:
     """Of its runs, at the end."""
 
 
-def run_history(seed: int) -> History:
+def run_history(seed: int, *, stands_still: bool = False) -> History:
     """Run one history and check its accounts."""
     folder = Path(tempfile.mkdtemp(dir=MEMORY if MEMORY.is_dir() else None))
     loop = SimLoop(seed)
@@ -68,6 +68,7 @@ def run_history(seed: int) -> History:
         certificates = kits(1 if dice.random() < ALONE else 2)
         with simulated(loop, network, certificates, seed) as disks, witness.watching():
             world = World(loop, network, certificates, dice, folder)
+            world.stands_still = stands_still
             witness.look = lambda told: on_record(told, world.memory, disks, folder)
             try:
                 loop.run(_live(world, history, witness))

@@ -85,6 +85,8 @@ class World:
         self.failures: list[str] = []
         """Errors that a process ended with, other than those that faults explain."""
         self.is_over = False
+        self.stands_still = False
+        """Whether what one region learns undoes what the other does: the model stays as it was."""
         self.jobs: list[Job] = []
         """Those submitted."""
         self._starts: dict[str, int] = {}
@@ -229,7 +231,7 @@ class World:
 
         async def serve() -> None:
             worker = InlineWorker(self.loop, self._train_s)
-            app = App(name="toy", init=lambda config: {"w": np.zeros(3, np.float32)}, train=_trainer(client))
+            app = App(name="toy", init=lambda config: {"w": np.zeros(3, np.float32)}, train=self._trainer(client))
             site = Site(SitePolicy(app=app), {}, worker, lambda text: None)  # type: ignore[arg-type]
             client.session = Session(client.kit, site, client.directory)
             await client.session.run()
@@ -244,6 +246,18 @@ class World:
         node.freeze()
         self.network.silent(node)
         self.zombies.append(node)
+
+    def _trainer(self, client: Client) -> Callable[[Task], Update]:
+        number = int(client.name.rpartition("c")[2]) + 1
+
+        def train(task: Task) -> Update:
+            step = (client.salt + 10 * task.round) / (64.0 if task.region == "us" else 32.0)
+            weight = 1 + (number * 7 + task.round) % 5
+            if self.stands_still:
+                step, weight = (1.0 if number % 2 else -1.0), 1
+            return Update({name: array + np.float32(step) for name, array in task.params.items()}, num_examples=weight)
+
+        return train
 
     def _train_s(self) -> float:
         """Most are quick, some are not."""
@@ -292,14 +306,3 @@ class World:
 
     async def resume(self, run: RunId) -> None:
         await self._as_controller(lambda leader: leader.resume(run))
-
-
-def _trainer(client: Client) -> Callable[[Task], Update]:
-    number = int(client.name.rpartition("c")[2]) + 1
-
-    def train(task: Task) -> Update:
-        step = (client.salt + 10 * task.round) / (64.0 if task.region == "us" else 32.0)
-        weight = 1 + (number * 7 + task.round) % 5
-        return Update({name: array + np.float32(step) for name, array in task.params.items()}, num_examples=weight)
-
-    return train
