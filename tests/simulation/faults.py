@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 from hierfl.client.held import Held
 from hierfl.client.session import Session
 from hierfl.errors import HierFLError
+from hierfl.failpoints import POINTS
 from hierfl.records import UPDATE_CONTEXT, update_statement
 from hierfl.types import ClientRef, RunId, TaskKind, UpdateKey
 from hierfl.wire import hierfl_pb2 as pb
 from tests.simulation.kits import CONTROLLERS
-from tests.simulation.loop import Node
+from tests.simulation.loop import Node, current
 from tests.simulation.rays import RayOdds
 from tests.simulation.wire import Odds
 from tests.simulation.world import Client, Region, World
@@ -69,6 +70,8 @@ class Storm:
         self.names: list[str] = []
         """Of the faults drawn."""
         self.aims: list[Aim] = []
+        self.points: list[Aim] = []
+        world.loop.on_failpoint = self._reached
         world.loop.on_freezing = self._freezing
         world.network.on_call = self._called
         for region in world.regions:
@@ -94,7 +97,8 @@ class Storm:
             (1, self.submit_again),
             (2, self.region_freezes_at_disk),
             (3, self.controller_freezes_at_disk),
-            (12, self.aim),
+            (8, self.aim),
+            (12, self.at_failpoint),
             (2, self.other_keys),
         ]
 
@@ -131,6 +135,7 @@ class Storm:
         self.say("healed")
         world = self.world
         self.aims.clear()
+        self.points.clear()
         world.network.heal()
         for region in world.regions:
             region.rays.odds = RayOdds()
@@ -192,6 +197,27 @@ class Storm:
         after_s = self.dice.choice((0.0, 0.001, 0.002, 0.004, 0.01))
         self.say(f"aim at {'the caller' if is_caller else 'the target'} of {method} number {ordinal}")
         self.aims.append(Aim(method, ordinal, is_caller, is_kill, after_s))
+
+    def at_failpoint(self) -> None:
+        """Whoever reaches a failpoint, the next time or one of the next, dies or freezes there."""
+        point, ordinal, is_kill = (
+            self.dice.choice(tuple(POINTS)),
+            self.dice.choice((1, 1, 2, 3)),
+            self.dice.random() < 0.6,
+        )
+        self.say(f"{'kill' if is_kill else 'freeze'} at {point} number {ordinal}")
+        self.points.append(Aim(point, ordinal, False, is_kill, 0.0))
+
+    def _reached(self, point: str) -> None:
+        for aim in [aim for aim in self.points if aim.method == point]:
+            aim.left -= 1
+            if aim.left == 0:
+                self.points.remove(aim)
+                node = current()
+                self.say(f"{node.name} is at {point}")
+                if aim.is_kill:
+                    node.die()
+                self._freezing(node)
 
     def _called(self, method: str, caller: Node, target: Node) -> None:
         for aim in [aim for aim in self.aims if aim.method == method]:

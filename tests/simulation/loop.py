@@ -91,6 +91,12 @@ class Node:
         self.is_frozen = False
         self.loop.list_ready(self)
 
+    def die(self) -> None:
+        """It dies in the middle of what it does."""
+        self.is_alive = False
+        self.loop.on_killed(self)
+        raise Killed
+
     def touch_disk(self) -> None:
         """One step at a disk begins, or has ended: the process may die here."""
         if not self.is_alive:
@@ -103,9 +109,7 @@ class Node:
         if self.dies_after is not None:
             self.dies_after -= 1
             if self.dies_after < 0:
-                self.is_alive = False
-                self.loop.on_killed(self)
-                raise Killed
+                self.die()
 
 
 def _nobody() -> None:
@@ -129,6 +133,8 @@ class SimLoop(asyncio.AbstractEventLoop):
         self.on_killed: Callable[[Node], None] = lambda node: None
         """Told of a node that died at a disk, before its function unwinds."""
         self.on_freezing: Callable[[Node], None] = Node.freeze
+        self.on_failpoint: Callable[[str], None] = lambda point: None
+        """Told of every failpoint that is reached (``hierfl/failpoints.py``)."""
         self.slow_threads = 0.0
         """How often a function waits long for its thread."""
         self._ready: list[Node] = []

@@ -182,6 +182,10 @@ def simulated(loop: SimLoop, network: Network, kits: Kits, seed: int) -> Iterato
         *(mock.patch(f"{module}.verify", _verify) for module in CHECKERS),
         mock.patch("controller.leader.verify", _verify),
     ]
+    patches += [
+        mock.patch("hierfl.failpoints._folder", "simulated"),
+        mock.patch("hierfl.failpoints._obey", lambda order: loop.on_failpoint(order.name)),
+    ]
     if dice.random() < IN_THREADS:
         patches += [mock.patch("combiners.folding.INLINE_VALUES", 0), mock.patch("combiners.desk.INLINE_BYTES", 0)]
     logging.disable(logging.CRITICAL)
