@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, replace
 
 from hierfl.client.held import Held
@@ -63,7 +63,7 @@ class Aim:
 class Storm:
     """The faults of one history; what was done is in ``log``, for whoever looks into a seed."""
 
-    def __init__(self, world: World, runs: list[RunId]) -> None:
+    def __init__(self, world: World, runs: list[RunId], only: Collection[str] = ()) -> None:
         self.world, self.dice, self.runs = world, world.dice, runs
         self.log: list[str] = []
         self.twins: set[ClientRef] = set()
@@ -101,6 +101,9 @@ class Storm:
             (12, self.at_failpoint),
             (2, self.other_keys),
         ]
+
+        if only:
+            self.menu = [(weight, fault) for weight, fault in self.menu if fault.__name__ in only]
 
     def say(self, text: str) -> None:
         self.log.append(f"{self.world.loop.now_s:8.3f} {text}")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -15,7 +14,6 @@ from combiners import zonefile
 from combiners.attempt import Attempt, Phase
 from combiners.cohort import Cohort, Member
 from combiners.events import HandedOver
-from combiners.folding import Folding
 from combiners.host import RegionHost
 from combiners.messages import Answer, Claim, ClaimAnswer, HandOver
 from combiners.reception import Reception
@@ -29,7 +27,7 @@ from hierfl.errors import HierFLError
 from hierfl.receipts import Receipt
 from tests.simulation.stores import MemoryStore
 
-__all__ = ["MUTANTS"]
+__all__ = ["FOCUS", "MUTANTS"]
 
 Mutant = Callable[[], AbstractContextManager[None]]
 
@@ -70,18 +68,6 @@ def _keeps_claims_of_the_dead(region: Region, incarnation: str) -> None:
     for attempt in region.attempts.values():
         attempt.awaited.discard(incarnation)
         region._touched.add(attempt.key)
-
-
-async def _hands_over_at_once(folding: Folding, incarnation: str, seal_id: str) -> HandOver:
-    """What is granted and not yet folded is listed, and weighed, too."""
-    listed = {**folding.folding, **folding.folded}
-    made = HandOver(incarnation=incarnation, key=folding.opening.key, seal_id=seal_id, entries=tuple(listed.values()))
-    if folding._accumulator is None or not folding.folded:
-        return replace(made, entries=())
-    partial = folding._accumulator.partial(len({client.site for client in listed}))
-    weight = sum(claim.weight for claim in listed.values())
-    folding._hand_over = replace(made, partial=replace(partial, weight=weight, num_updates=len(listed)))
-    return folding._hand_over
 
 
 # ---------------------------------------------------------------- stores
@@ -191,7 +177,6 @@ MUTANTS: Mapping[str, Mutant] = {
         (Cohort, "_claimed_before", _grants_twice), (Region, "_hand_over", _believes)
     ),
     "claims of a dead intake are kept": _patching((Region, "_void", _keeps_claims_of_the_dead)),
-    "an intake hands over before it has folded": _patching((Folding, "hand_over", _hands_over_at_once)),
     "a verdict settles the receipts of another run": _patching((ZoneStore, "settle", _of_any_run)),
     "receipts are written after their seal": _patching(
         (ZoneStore, "_write_seal_rows", _writes_receipts_later(ZoneStore._write_seal_rows))
@@ -208,3 +193,9 @@ MUTANTS: Mapping[str, Mutant] = {
     ),
     "a Region that was replaced still writes": _patching((zonefile.ZoneFile, "_check_epoch", lambda file: None)),
 }
+
+FOCUS: Mapping[str, tuple[str, ...]] = {
+    "receipts are written after their seal": ("region_dies_at_disk",),
+    "a commit record is replaced": ("controller_freezes_at_disk",),
+}
+"""Faults alone by which some are noticed soon; the others, by any."""

@@ -43,12 +43,13 @@ class MemoryStore:
         memory = self._memory
         if memory.leader_epoch != epoch:
             raise StaleEpoch(f"this controller leads under epoch {epoch}, the store is under {memory.leader_epoch}")
+        after = {kind: dict(of) for kind, of in memory.rows.items()}
         for row in rows:
-            found = memory.rows.get(type(row), {}).get(_key(row))
-            if isinstance(row, WRITTEN_ONCE) and found is not None and found != row:
-                raise StoreDamaged(f"{_key(row)} is there already, with other contents")
-        for row in rows:
-            memory.rows.setdefault(type(row), {})[_key(row)] = row
+            table, key = after.setdefault(type(row), {}), _key(row)
+            if isinstance(row, WRITTEN_ONCE) and table.get(key, row) != row:
+                raise StoreDamaged(f"{key} is there already, with other contents")
+            table[key] = row
+        memory.rows = after
         _touch()
 
     def _rows(self, kind: type, prefix: str = "") -> list:

@@ -15,7 +15,7 @@ from controller.store import SqliteStore
 from hierfl.errors import StaleEpoch, StoreDamaged
 from hierfl.types import AttemptKey, RegionId, RunId, TaskKind
 from tests.simulation.history import run_history
-from tests.simulation.mutants import MUTANTS
+from tests.simulation.mutants import FOCUS, MUTANTS
 from tests.simulation.stores import Memory, MemoryStore
 
 REGRESSIONS = [int(line.split()[0]) for line in (Path(__file__).parent / "regressions.txt").read_text().splitlines()]
@@ -69,7 +69,7 @@ def test_an_update_is_counted_once_though_its_round_left_the_model_as_it_was() -
 def _found(name: str, within: int) -> list[str]:
     for seed in range(within):
         with MUTANTS[name]():
-            history = run_history(seed)
+            history = run_history(seed, only=FOCUS.get(name, ()))
         if history.problems:
             return history.problems
     return []
