@@ -6,7 +6,6 @@ A seed that fails is printed with its faults and belongs into ``regressions.txt`
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import sys
 import time
@@ -16,28 +15,9 @@ from dataclasses import asdict
 from multiprocessing import get_context
 
 from tests.simulation.history import History, run_history
+from tests.simulation.many import run_many
 
 __all__ = ["main"]
-
-COLLECT_EVERY = 25
-"""Histories between two collections of garbage: each leaves some cycles."""
-
-
-def _run(seeds: range) -> list[History]:
-    """These histories, one after the other."""
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-    histories = []
-    for number, seed in enumerate(seeds, 1):
-        history = run_history(seed)
-        histories.append(history)
-        for problem in history.problems:
-            print(f"seed {seed}: {problem}", file=sys.stderr, flush=True)
-        if number % COLLECT_EVERY == 0:
-            gc.collect()
-    gc.enable()
-    return histories
 
 
 def _figures(histories: list[History], seconds: float) -> dict[str, object]:
@@ -74,9 +54,9 @@ def main() -> int:
     parts = [seeds[n : n + 50] for n in range(0, len(seeds), 50)]
     if chosen.jobs > 1:
         with ProcessPoolExecutor(chosen.jobs, get_context("spawn")) as pool:
-            histories = [history for part in pool.map(_run, parts) for history in part]
+            histories = [history for part in pool.map(run_many, parts) for history in part]
     else:
-        histories = [history for part in parts for history in _run(part)]
+        histories = [history for part in parts for history in run_many(part)]
     figures = _figures(histories, time.perf_counter() - began_s)
     print(json.dumps(figures, indent=2))
     return bool(figures["failed"])
