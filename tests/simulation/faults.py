@@ -352,6 +352,8 @@ class Storm:
 
     def evil_twin(self) -> None:
         client = self._client()
+        if client.kit.identity.client_ref in self.twins:
+            return  # two of them would want one folder
         self.say(f"another process as {client.name}")
         twin = replace(
             client, salt=client.salt + 100, directory=client.directory.parent / "evil", node=None, session=None
