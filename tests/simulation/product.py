@@ -187,7 +187,7 @@ def simulated(loop: SimLoop, network: Network, kits: Kits, seed: int) -> Iterato
         mock.patch("hierfl.failpoints._obey", lambda order: loop.on_failpoint(order.name)),
     ]
     if dice.random() < IN_THREADS:
-        patches += [mock.patch("combiners.folding.INLINE_VALUES", 0), mock.patch("combiners.desk.INLINE_BYTES", 0)]
+        patches += [mock.patch("combiners.sums.INLINE_VALUES", 0), mock.patch("combiners.sums.INLINE_BYTES", 0)]
     logging.disable(logging.CRITICAL)
     try:
         with ExitStack() as stack:

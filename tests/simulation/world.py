@@ -208,7 +208,7 @@ class World:
             return
         node = self.node(actor.name)
         actor.is_now(node, None)
-        settings = IntakeSettings(ticket_s=3.0, silence_s=5.0, resume_s=5.0)
+        settings = IntakeSettings(memory_bytes=2**30, shards=0, ticket_s=3.0, silence_s=5.0, resume_s=5.0)
 
         async def serve() -> None:
             port = rays.RegionHandle(region.rays, region.actor, actor)
