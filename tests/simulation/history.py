@@ -116,9 +116,10 @@ async def _settle(world: World, runs: list[RunId]) -> None:
 
 
 def _waits(world: World, runs: list[RunId]) -> Iterator[str]:
-    """What is still to come. With several runs an update may stay STAGED, which is no acknowledgement, until its
-    ``hold_s``: its run got the sums of another one, after a Region that knew of the update had died.
+    """What is still to come. STAGED is no acknowledgement: an update may stay it until its ``hold_s`` where its run got
+    the sums of another one after a Region that knew of it had died, or where its client has a twin.
     """
+    is_plain = len(runs) == 1 and len({client.name for client in world.clients}) == len(world.clients)
     for run in runs:
         if not world.run_state(run).is_terminal:
             loop = world.app.leader.runs.get(run) if world.app is not None else None
@@ -135,7 +136,7 @@ def _waits(world: World, runs: list[RunId]) -> Iterator[str]:
             yield from (
                 f"{client.name}: {held.key} is {held.state}"
                 for held in client.session.updates
-                if held.state is ReceiptState.SEALED or (held.state is ReceiptState.STAGED and len(runs) == 1)
+                if held.state is ReceiptState.SEALED or (held.state is ReceiptState.STAGED and is_plain)
             )
 
 

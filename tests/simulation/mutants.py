@@ -153,6 +153,16 @@ def _announces_first(loop: RunLoop, open_: Any, run: Any, attempt: Any, rows: An
 _committed = RunLoop._committed
 
 
+async def _takes_late_copies(reception: Reception, incarnation: str, tick: Any) -> Any:
+    line = reception.lines.get(incarnation)
+    if line is not None:
+        line.newest_tick = 0
+    return await _tick(reception, incarnation, tick)
+
+
+_tick = Reception.tick
+
+
 async def _asks_once(session: ClientSession) -> None:
     with suppress(HierFLError):
         for receipt in await session.link.receipts(session._without_last_word()):
@@ -188,6 +198,7 @@ MUTANTS: Mapping[str, Mutant] = {
     "a refusal is told without a record": _patching((Reception, "_answer", _refuses_without_record)),
     "regions hear of a version before it is stored": _patching((RunLoop, "_committed", _announces_first)),
     "a client asks once what became of its updates": _patching((ClientSession, "_ask_for_receipts", _asks_once)),
+    "a late copy of a call undoes what came after it": _patching((Reception, "tick", _takes_late_copies)),
     "a region releases anew for every attempt": _patching(
         (Region, "_admit_attempt", _releases_again), (zonefile, "_SCHEMA", UNGUARDED)
     ),

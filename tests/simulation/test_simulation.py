@@ -60,9 +60,10 @@ def test_the_same_seed_is_the_same_history() -> None:
     assert first != run_history(8)
 
 
+@pytest.mark.slow
 @pytest.mark.xfail(strict=True, reason="the next round has the same base and task: it gets the same sums once more")
 def test_an_update_is_counted_once_though_its_round_left_the_model_as_it_was() -> None:
-    problems = [problem for seed in range(6, 12) for problem in run_history(seed, stands_still=True).problems]
+    problems = [problem for seed in range(60) for problem in run_history(seed, stands_still=True).problems]
     assert not problems
 
 
