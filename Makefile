@@ -1,4 +1,4 @@
-# make setup | demo | test | test-slow | test-chaos | chaos | lint | bench | ci. Everything runs in .venv, which `setup` makes.
+# make setup | demo | test | test-slow | test-chaos | chaos | simulate | lint | bench | ci. Everything runs in .venv, which `setup` makes.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -29,6 +29,10 @@ test-chaos: setup
 
 chaos: setup
 	$(BIN)/python -m tests.chaos
+
+# Thousands of seeded histories on a clock and a network of their own.
+simulate: setup
+	$(BIN)/python -m tests.simulation --seeds 2000 --jobs 2
 
 lint: setup
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ it is gone: the intake is told to begin anew, under another.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections import deque
 from collections.abc import Callable
@@ -63,6 +64,7 @@ class RegionLink:
         self._reports: list[Report] = []
         self._claims: Waiting[Claim] = deque()
         self._asks: Waiting[UpdateKey] = deque()
+        self._numbers = itertools.count(1)
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -155,6 +157,7 @@ class RegionLink:
             self._wake.set()
         bytes_in, bytes_out = self._traffic()
         tick = Tick(
+            number=next(self._numbers),
             connections=tuple(connections),
             reports=tuple(reports),
             claims=tuple(claim for claim, _ in claims),

@@ -111,8 +111,11 @@ class Report:
 
 @dataclass(frozen=True, kw_only=True)
 class Tick:
-    """All that waits at an intake, in the order in which it happened within each field."""
+    """All that waits at an intake, in the order in which it happened within each field. Each has a higher ``number``
+    than those before it; one that is sent again keeps its own.
+    """
 
+    number: int
     connections: tuple[Connection, ...] = ()
     reports: tuple[Report, ...] = ()
     claims: tuple[Claim, ...] = ()

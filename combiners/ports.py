@@ -41,6 +41,8 @@ class IntakeLine:
         self.name, self.incarnation, self.address = name, incarnation, address
         self.bytes_in = self.bytes_out = 0
         self.heard_at_s = time.monotonic()
+        self.newest_tick = 0
+        """Its number; what has a lower one was overtaken, and its answer is missed by nobody."""
         self._port, self._timeout_s, self._on_lost = port, timeout_s, on_lost
         self._calls: asyncio.Queue[tuple[Callable[[IntakePort], Awaitable[Any]], asyncio.Future[Any]]] = asyncio.Queue()
         self._worker = asyncio.create_task(self._work())

@@ -145,10 +145,15 @@ class Reception:
                     self.lost(line.incarnation)
 
     async def tick(self, incarnation: str, tick: Tick) -> TickReply:
-        """Everything that waits at an intake, in one call."""
+        """Everything that waits at an intake, in one call. A copy that comes late, after later ones, changes nothing:
+        it would undo what they said, or grant a claim that nobody waits for any more.
+        """
         line = self.lines.get(incarnation)
         if line is None:
             return TickReply(known=False)
+        if tick.number < line.newest_tick:
+            return TickReply(known=True)
+        line.newest_tick = tick.number
         line.heard_at_s, line.bytes_in, line.bytes_out = time.monotonic(), tick.bytes_in, tick.bytes_out
         events = [*self._connection_events(incarnation, tick), *(_event_of(incarnation, one) for one in tick.reports)]
         if events:

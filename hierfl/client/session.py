@@ -102,6 +102,8 @@ class Session:
         self._tasks: set[asyncio.Task[None]] = set()
         self._maker = Maker(site, self.folder, self.link, self.courier, self.say, self._on_receipt)
         self._syncing: asyncio.Task[None] | None = None
+        self._is_asking = False
+        """Whether the combiner is being asked what became of what is held."""
         self._drop_expired()
         if len(self.updates):
             self.say(f"{len(self.updates)} update(s) held from before; handed in when asked")
@@ -160,17 +162,23 @@ class Session:
             self.say(f"a message of the combiner ({kind}) was not taken up: {error}")
 
     async def _ask_for_receipts(self) -> None:
-        """Last words may have been said while this client was away."""
-        keys = [held.key for held in self.updates if not held.state.is_last_word]
-        if not keys:
+        """Last words may have been said while this client was away: asked until it is answered, by one at a time. A
+        call can be lost while the stream that began with the welcome lives on.
+        """
+        if self._is_asking or not self._without_last_word():
             return
+        self._is_asking = True
         try:
-            for receipt in await self.link.receipts(keys):
+            what = "what became of the updates held here is not known yet"
+            for receipt in await self.courier.patiently(lambda: self.link.receipts(self._without_last_word()), what):
                 self._on_receipt(receipt)
-        except TRY_AGAIN:
-            return  # the link is down again; asked once more when it is up
         except HierFLError as error:
-            self.say(f"what became of the updates held here is not known yet: {error}")
+            self.say(f"{what}: {error}")
+        finally:
+            self._is_asking = False
+
+    def _without_last_word(self) -> list[AttemptKey]:
+        return [held.key for held in self.updates if not held.state.is_last_word]
 
     def _on_offer(self, offer: pb.Offer, model: Sequence[bytes]) -> None:
         try:

@@ -21,7 +21,7 @@ from hierfl.client.params import make_layout
 from hierfl.client.runner import serve
 from hierfl.client.task import Metrics, Task, Update
 from hierfl.encodings import EncodingSpec
-from hierfl.errors import ComeBack, NotFound, RoundClosed
+from hierfl.errors import ComeBack, Interrupted, NotFound, RoundClosed
 from hierfl.layout import Layout, model_hash
 from hierfl.metrics import MetricSpec
 from hierfl.pki import Kit
@@ -159,6 +159,8 @@ class FakeCombiner:
     calls: list[str] = field(default_factory=list)
     refuse_uploads: int = 0
     late_tickets: int = 0
+    deaf: int = 0
+    """So many questions for receipts get no answer, while streams live on."""
     full: list[float] = field(default_factory=list)
     """Seconds after which the next ones that follow are told to come back."""
     after_upload: ReceiptState = ReceiptState.STAGED
@@ -305,6 +307,9 @@ class FakeCombiner:
         keys = [UpdateKey(key_from_proto(key), client) for key in request.keys]
         unknown = [Receipt(key=key, digest="", state=ReceiptState.OFFERED) for key in keys if key not in self.book]
         await self._note("GetReceipts")
+        if self.deaf:
+            self.deaf -= 1
+            raise Interrupted("the region is busy")
         known = [self.book[key] for key in keys if key in self.book]
         return pb.GetReceiptsResponse(receipts=[receipt_to_proto(receipt) for receipt in [*known, *unknown]])
 

@@ -228,6 +228,20 @@ async def test_what_became_of_an_update_is_asked_for_after_an_absence(
     assert held_files(running.directory) == []
 
 
+async def test_what_became_of_an_update_is_asked_for_until_it_is_answered(
+    combiner: Any, running: Any, linear: Any, plan: MakePlan
+) -> None:
+    combiner.offer(plan())
+    async with running():
+        await combiner.until(lambda: len(combiner.received) == 1)
+    combiner.offers.clear()
+    combiner.tell_all(ReceiptState.COMMITTED, version=1)
+    combiner.deaf = 2
+    async with running():
+        await until(lambda: "counted in model version 1" in running.said)
+    assert combiner.calls.count("Follow") == 2, "one stream each: it was not a new one that asked again"
+
+
 async def test_a_new_attempt_is_answered_with_the_same_bytes(
     combiner: Any, running: Any, linear: Any, plan: MakePlan
 ) -> None:
