@@ -131,7 +131,7 @@ class Desk:
         )
         self.unfinished: Unfinished[UpdateKey] = Unfinished(settings.resume_s, staging_bytes)
         self.followers = Followers(self.link.connection)
-        self._postbox = Postbox(lambda client: self.followers.send(client, pb.FollowResponse()))
+        self._postbox = Postbox(self._collect)
         self._receipts_wait_s = 0.0
         self.endpoints = pb.Endpoints()
         """The region's list, as this intake was last told; kept when the incarnation ends."""
@@ -286,6 +286,13 @@ class Desk:
                 self._postbox.put(receipt, self._receipts_wait_s)
             else:
                 self.followers.send(client, pb.FollowResponse(receipt=receipt_to_proto(receipt)))
+
+    def _collect(self, client: ClientRef) -> None:
+        """Nothing came along for what waits: it goes alone; who has left asks when it is back."""
+        if self.followers.of(client):
+            self.followers.send(client, pb.FollowResponse())
+        else:
+            self._postbox.take(client)
 
     def complete(self, session: Session, event: pb.FollowResponse) -> pb.FollowResponse | None:
         """An event that is about to be sent, and what waits to go along; none where that makes nothing."""
