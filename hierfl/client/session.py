@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hierfl import observe
-from hierfl.client.courier import TRY_AGAIN, Courier
+from hierfl.client.courier import Courier
 from hierfl.client.folder import ClientFolder
 from hierfl.client.held import Held, Work
 from hierfl.client.intakes import Intakes
