@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.chaos
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("row", [1, 2, 3, 4, 5, 10, 14, 21, 22])
+@pytest.mark.parametrize("row", [2, 3, 4, 21])
 async def test_one_repeat_is_clean(row, tmp_path):
     figures = await ROWS[row](tmp_path, 1)
     print(figures)
