@@ -281,23 +281,28 @@ class Desk:
     async def deliver(self, receipts: tuple[Receipt, ...]) -> None:
         for receipt in receipts:
             client = receipt.key.client
-            sessions = self.followers.of(client)
-            if self._receipts_wait_s and sessions and all(session.takes_along for session in sessions):
+            if self._receipts_wait_s and self._may_wait(client):
                 self._postbox.put(receipt, self._receipts_wait_s)
             else:
                 self.followers.send(client, pb.FollowResponse(receipt=receipt_to_proto(receipt)))
 
+    def _may_wait(self, client: ClientRef) -> bool:
+        """Of several streams of one client one is broken, perhaps, and nobody has noticed: all are told, at once."""
+        sessions = self.followers.of(client)
+        return len(sessions) == 1 and sessions[0].takes_along
+
     def _collect(self, client: ClientRef) -> None:
         """Nothing came along for what waits: it goes alone; who has left asks when it is back."""
-        if self.followers.of(client):
+        if self._may_wait(client):
             self.followers.send(client, pb.FollowResponse())
         else:
-            self._postbox.take(client)
+            for receipt in self._postbox.take(client):
+                self.followers.send(client, pb.FollowResponse(receipt=receipt))
 
     def complete(self, session: Session, event: pb.FollowResponse) -> pb.FollowResponse | None:
         """An event that is about to be sent, and what waits to go along; none where that makes nothing."""
         self.bytes_out += sum(map(len, event.model))
-        receipts = self._postbox.take(session.client) if session.takes_along else []
+        receipts = self._postbox.take(session.client) if self._may_wait(session.client) else []
         if not receipts:
             return event if event.HasField("event") else None
         whole = pb.FollowResponse(receipts=receipts)
