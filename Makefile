@@ -1,10 +1,10 @@
-# make setup | demo | test | test-slow | test-chaos | test-long | chaos | simulate | lint | bench | ci. Everything runs in .venv, which `setup` makes.
+# make setup | demo | test | test-slow | test-chaos | chaos | simulate | lint | bench | ci. Everything runs in .venv, which `setup` makes.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.hierfl-setup
 
-.PHONY: setup demo test test-slow test-chaos test-long chaos lint bench ci wire-baseline
+.PHONY: setup demo test test-slow test-chaos chaos lint bench ci wire-baseline
 
 setup: $(STAMP)
 
@@ -29,9 +29,6 @@ test-chaos: setup
 
 chaos: setup
 	$(BIN)/python -m tests.chaos
-
-test-long: setup
-	$(BIN)/python -m pytest -n auto -m long
 
 # Thousands of seeded histories on a clock and a network of their own.
 simulate: setup

@@ -144,7 +144,7 @@ async def killed_at(harmed: Trial, run: RunId, point: str) -> tuple[RunId, float
 
 async def row_10(folder: Path, repeats: int) -> Figures:
     """Two of four sites die in mid-round with ``k`` at 3: their region sends nothing, the others' round stands."""
-    load = Load(processes=2)
+    load, died_refusing = Load(processes=2), 0
     wrong: list[str] = []
     async with trial(load, folder) as harmed:
         run = await harmed.submit(timeout_s=10.0)
@@ -157,16 +157,27 @@ async def row_10(folder: Path, repeats: int) -> Figures:
             region = name.split("-")[1]
             before = len(await harmed.rounds(run))
             await harmed.federation.kill(name)
-            await harmed.struck("region.refuse")  # its refusal is a last word, and it dies of it
             await harmed.round_after(run, before)
+            died_refusing += not harmed.disarm(
+                "region.refuse"
+            )  # a refusal is a last word, though its Region dies of it
             (found,) = (await harmed.rounds(run))[before : before + 1]
             if region in [share.region for share in found.regions]:
                 wrong.append(f"{region} took part in round {found.round} with two sites")
+            harmed.forget("region.refuse")
             await harmed.federation.start_clients(harmed.federation.region(region).name)
             await harmed.whole_again(run)
         await harmed.end(run)
     crossed = books.crossings_below(zones(folder, load), 3)
-    return verdict(10, load, folder, repeats, {"crossings_below_k": crossed}, *wrong, *(["crossed"] if crossed else []))
+    return verdict(
+        10,
+        load,
+        folder,
+        repeats,
+        {"crossings_below_k": crossed, "died_refusing": died_refusing},
+        *wrong,
+        *(["crossed"] if crossed else []),
+    )
 
 
 # ---------------------------------------------------------------- 14: disks

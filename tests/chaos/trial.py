@@ -144,6 +144,11 @@ class Trial:
             return True
         return False
 
+    def forget(self, point: str) -> None:
+        """Remove what says that a point was reached."""
+        for taken in self._failpoints.glob(f"{point}.[0-9]*"):
+            taken.unlink()
+
     async def struck(self, point: str, patience_s: float = PATIENCE_S) -> int:
         """Wait until somebody has reached an armed point; its process id."""
         await until(lambda: bool(list(self._failpoints.glob(f"{point}.[0-9]*"))), f"{point} is reached", patience_s)

@@ -47,7 +47,7 @@ def test_the_accounts_are_right_in_every_history(start: int) -> None:
     _run(range(start, start + PART))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("start", range(FAST, FAST + MANY, PART))
 def test_the_accounts_are_right_in_thousands_of_histories(start: int) -> None:
     _run(range(start, start + PART))
@@ -60,7 +60,7 @@ def test_the_same_seed_is_the_same_history() -> None:
     assert first != run_history(8)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.xfail(strict=True, reason="the next round has the same base and task: it gets the same sums once more")
 def test_an_update_is_counted_once_though_its_round_left_the_model_as_it_was() -> None:
     problems = [problem for seed in range(60) for problem in run_history(seed, stands_still=True).problems]
@@ -89,7 +89,7 @@ def test_a_broken_product_is_noticed(name: str) -> None:
     assert _found(name, 60)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", [name for name in MUTANTS if name not in QUICKLY_FOUND])
 def test_every_broken_rule_is_noticed(name: str) -> None:
