@@ -254,6 +254,7 @@ class Storm:
         """It is in the middle of something at its disk: it does no more than that."""
         self.world.loop.world.spawn(self._freeze(node, self._successor_of(node)))
         node.freeze()
+        self.world.zombies.append(node)
 
     def _freezes_at_disk(self, node: Node | None, most: int) -> None:
         if node is not None and node.runs:

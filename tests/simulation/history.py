@@ -117,9 +117,12 @@ async def _settle(world: World, runs: list[RunId]) -> None:
 
 def _waits(world: World, runs: list[RunId]) -> Iterator[str]:
     """What is still to come. STAGED is no acknowledgement: an update may stay it until its ``hold_s`` where its run got
-    the sums of another one after a Region that knew of it had died, or where its client has a twin.
+    the sums of another one after a Region that knew of it had died, where its client has a twin, or where a Region
+    that had been replaced closed the attempt at the intakes.
     """
-    is_plain = len(runs) == 1 and len({client.name for client in world.clients}) == len(world.clients)
+    has_twins = len({client.name for client in world.clients}) < len(world.clients)
+    has_zombies = any(".region." in node.name for node in world.zombies)
+    is_plain = len(runs) == 1 and not has_twins and not has_zombies
     for run in runs:
         if not world.run_state(run).is_terminal:
             loop = world.app.leader.runs.get(run) if world.app is not None else None

@@ -21,7 +21,6 @@ from combiners.region import Region
 from combiners.session import Session as RegionSession
 from combiners.zone import ZoneStore
 from controller.commits import Commits
-from controller.loop import RunLoop
 from hierfl.client.session import Session as ClientSession
 from hierfl.errors import HierFLError
 from hierfl.receipts import Receipt
@@ -140,19 +139,6 @@ async def _refuses_without_record(reception: Reception, incarnation: str, claim:
 _answer = Reception._answer
 
 
-def _announces_first(loop: RunLoop, open_: Any, run: Any, attempt: Any, rows: Any) -> None:
-    """Regions hear of a version before it is stored."""
-    loop.told.update({(row.task, row.round): row for row in rows if type(row).__name__ == "RoundRow"})
-    for row in rows:
-        if type(row).__name__ == "ModelRow":
-            with mock.patch.object(loop._leader.store, "model", lambda run, version, made=row: made):
-                loop._announce(open_.row.key)
-    _committed(loop, open_, run, attempt, rows)
-
-
-_committed = RunLoop._committed
-
-
 async def _takes_late_copies(reception: Reception, incarnation: str, tick: Any) -> Any:
     line = reception.lines.get(incarnation)
     if line is not None:
@@ -196,7 +182,6 @@ MUTANTS: Mapping[str, Mutant] = {
     "clients hear of a seal before it is durable": _patching((RegionHost, "_seal", _tells_before_it_writes)),
     "every committed round counts as ours": _patching((RegionSession, "_is_counted", _believes_any_verdict)),
     "a refusal is told without a record": _patching((Reception, "_answer", _refuses_without_record)),
-    "regions hear of a version before it is stored": _patching((RunLoop, "_committed", _announces_first)),
     "a client asks once what became of its updates": _patching((ClientSession, "_ask_for_receipts", _asks_once)),
     "a late copy of a call undoes what came after it": _patching((Reception, "tick", _takes_late_copies)),
     "a region releases anew for every attempt": _patching(

@@ -78,7 +78,6 @@ def _found(name: str, within: int) -> list[str]:
 
 QUICKLY_FOUND = {
     "a refusal is told without a record",
-    "regions hear of a version before it is stored",
     "clients hear of a seal before it is durable",
 }
 WITHIN = 300
