@@ -16,6 +16,8 @@ from hierfl.wire.convert import receipt_to_proto
 
 __all__ = ["Postbox"]
 
+LAST_WORDS = (pb.RECEIPT_STATE_COMMITTED, pb.RECEIPT_STATE_NOT_COUNTED)
+
 
 class Postbox:
     """See the module. What nothing came along for is collected by ``collect``, for each client."""
@@ -27,8 +29,10 @@ class Postbox:
 
     def put(self, receipt: Receipt, within_s: float) -> None:
         """Keep a receipt for ``take``; it is collected in at most about so many seconds."""
-        key = receipt.key
-        self._waiting.setdefault(key.client, {})[key.attempt] = receipt_to_proto(receipt)
+        key, waiting = receipt.key, self._waiting.setdefault(receipt.key.client, {})
+        earlier = waiting.get(key.attempt)
+        if earlier is None or earlier.state not in LAST_WORDS:  # a late copy of an acknowledgement takes nothing away
+            waiting[key.attempt] = receipt_to_proto(receipt)
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(within_s, self._empty)
 

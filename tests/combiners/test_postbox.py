@@ -34,6 +34,14 @@ async def test_a_later_receipt_takes_the_place_of_one_that_waits_and_each_client
     postbox.clear()
 
 
+async def test_a_late_copy_of_an_acknowledgement_takes_no_last_word_away() -> None:
+    postbox = Postbox(lambda client: None)
+    postbox.put(receipt(1, 1, ReceiptState.COMMITTED, version=1), 60.0)
+    postbox.put(receipt(1, 1, ReceiptState.SEALED), 60.0)
+    assert [one.state for one in postbox.take(client(1))] == [pb.RECEIPT_STATE_COMMITTED]
+    postbox.clear()
+
+
 async def test_what_nothing_came_along_for_is_collected() -> None:
     collected: asyncio.Queue[ClientRef] = asyncio.Queue()
     postbox = Postbox(collected.put_nowait)
