@@ -19,7 +19,7 @@ from tests.simulation.mutants import FOCUS, MUTANTS
 from tests.simulation.stores import Memory, MemoryStore
 
 REGRESSIONS = [int(line.split()[0]) for line in (Path(__file__).parent / "regressions.txt").read_text().splitlines()]
-FAST, MANY, PART = 100, 2000, 25
+FAST, MANY, PART = 50, 2000, 10
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +42,7 @@ def test_a_history_that_failed_once_is_right_now(seed: int) -> None:
     _run([seed])
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("start", range(0, FAST, PART))
 def test_the_accounts_are_right_in_every_history(start: int) -> None:
     _run(range(start, start + PART))
