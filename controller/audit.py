@@ -139,23 +139,11 @@ def _check_counted(book: Book, rows: RunRows, version: int, record: CommitRecord
         if answer is None:
             book.wrong("answers", f"{attempt.key} of {partial.region}", partial.digest, "not there", "a row")
         elif answer.head is not None:
-            book.expect("answers", f"{attempt.key} of {partial.region}", "counts", _counted(answer), partial)
+            book.expect("answers", f"{attempt.key} of {partial.region}", "counts", answer.counted, partial)
     heads = [answers[p.digest].head for p in record.partials if p.digest in answers]
     if len(heads) == len(record.partials):
         sums: Mapping[str, int] = reduce(add_metrics, (head.metrics for head in heads if head is not None), {})
         book.expect("commits", key, "metrics", _without_zeros(record.metrics), _without_zeros(sums))
-
-
-def _counted(answer: AnswerRow) -> CountedPartial:
-    assert answer.head is not None, "it is a partial"
-    head = answer.head
-    return CountedPartial(
-        region=answer.region,
-        digest=answer.digest,
-        weight=head.weight,
-        num_sites=head.num_sites,
-        num_updates=head.num_updates,
-    )
 
 
 def _without_zeros(metrics: Mapping[str, int]) -> dict[str, int]:
@@ -212,7 +200,7 @@ def _check_evaluation(book: Book, rows: RunRows, told: RoundRow) -> None:
     if len(named) == len(told.regions):
         heads = [answer.head for answer in named if answer.head is not None]
         sums: Mapping[str, int] = reduce(add_metrics, (head.metrics for head in heads), {})
-        pairs = _sums_of(told, [_counted(answer) for answer in named])
+        pairs = _sums_of(told, [answer.counted for answer in named])
         metrics = with_means(metric_values(STANDARD_METRICS, sums))
         book.expect_all("rounds", key, {**pairs, "metrics": (dict(told.metrics), metrics)})
 

@@ -46,7 +46,7 @@ def commit_record(
         leader_epoch=leader_epoch,
         strategy=run.job.strategy.name,
         exact_in_two_tiers=run.exact_in_two_tiers,
-        partials=tuple(_counted(answer) for answer in answers),
+        partials=tuple(answer.counted for answer in answers),
         weight=total.weight,
         metrics=dict(total.metrics),
         state_digest=made.state_digest,
@@ -60,17 +60,6 @@ def commit_record(
 def _head(answer: AnswerRow) -> PartialHead:
     assert answer.head is not None, "only partials are counted"
     return answer.head
-
-
-def _counted(answer: AnswerRow) -> CountedPartial:
-    head = _head(answer)
-    return CountedPartial(
-        region=answer.region,
-        digest=answer.digest,
-        weight=head.weight,
-        num_sites=head.num_sites,
-        num_updates=head.num_updates,
-    )
 
 
 def rows_of_commit(
@@ -111,7 +100,7 @@ def rows_of_evaluation(
 ) -> tuple[RunRow, AttemptRow, tuple[Row, ...]]:
     """The run and attempt after the last evaluation, and all rows to write; ``now`` in Unix nanoseconds."""
     by_digest = {answer.digest: answer for answer in answers}
-    counted = tuple(_counted(answer) for answer in answers)
+    counted = tuple(answer.counted for answer in answers)
     after = replace(run, evaluation_over=True, abandoned_in_a_row=0, last_reason="")
     done = attempt.after(MetricsCommitted(version=run.version))
     return after, done, (after, done, _round_row(after, done, counted, by_digest, total.metrics, seconds, now))

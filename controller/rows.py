@@ -13,7 +13,7 @@ from hierfl.aggregation import ColumnGroup
 from hierfl.errors import DigestMismatch
 from hierfl.job import Job
 from hierfl.plan import TaskSpec
-from hierfl.records import PartialHead
+from hierfl.records import CountedPartial, PartialHead
 from hierfl.rounds import RoundEvent, RoundState, next_round_state
 from hierfl.runs import RunEvent, RunState, next_run_state
 from hierfl.types import AttemptKey, ModelHash, RegionId, RunId, TaskKind
@@ -111,6 +111,18 @@ class AnswerRow:
     @property
     def key(self) -> AttemptKey:
         return AttemptKey(self.run, self.task, self.round, self.attempt)
+
+    @property
+    def counted(self) -> CountedPartial:
+        """What a record that counts this partial says of it."""
+        assert self.head is not None, "an abstention is not counted"
+        return CountedPartial(
+            region=self.region,
+            digest=self.digest,
+            weight=self.head.weight,
+            num_sites=self.head.num_sites,
+            num_updates=self.head.num_updates,
+        )
 
     def require_same(self, later: AnswerRow) -> None:
         """A region's first word stands: an abstention after it changes nothing, another partial is refused.

@@ -15,18 +15,18 @@ from typing import Protocol, TypeVar
 
 from controller.blobs import durable_directory
 from controller.rows import AnswerRow, AttemptRow, ModelRow, RegionRow, RoundRow, Row, RunRow
+from controller.tables import TABLES, WRITTEN_ONCE, Tables, decoded, key_of
 from hierfl import documents
-from hierfl.errors import DiskFull, StaleEpoch, StorageError, StoreDamaged, StoreLocked, StoreTooNew, WireError
+from hierfl.errors import DiskFull, StaleEpoch, StorageError, StoreDamaged, StoreLocked, StoreTooNew
 from hierfl.failpoints import reach
 from hierfl.types import AttemptKey, RunId, TaskKind
 
-__all__ = ["SCHEMA_VERSION", "TABLES", "WRITTEN_ONCE", "SqliteStore", "Store", "key_of", "key_path"]
+__all__ = ["SCHEMA_VERSION", "SqliteStore", "Store"]
 
 SCHEMA_VERSION = 1
 """Raised with each change that an earlier release would misread."""
 
 R = TypeVar("R")
-WRITTEN_ONCE = (AnswerRow, ModelRow, RoundRow)
 
 
 class Store(Protocol):
@@ -91,7 +91,7 @@ class Store(Protocol):
         """Let go of the store, and of the lead."""
 
 
-class SqliteStore:
+class SqliteStore(Tables):
     """One file, locked by its one user; WAL, and fsynced at each commit."""
 
     lease_s = None
@@ -169,27 +169,6 @@ class SqliteStore:
                 raise StoreDamaged(f"{self._path}: {table} {key} is there already, with other contents")
         self._db.execute(f"INSERT OR REPLACE INTO {table} VALUES (?, ?)", (key, document))  # noqa: S608  a constant
 
-    def runs(self) -> list[RunRow]:
-        return sorted(self._rows(RunRow), key=lambda row: (row.submitted_unix_ns, row.run))
-
-    def attempts(self, run: RunId, task: TaskKind, round_number: int) -> list[AttemptRow]:
-        return self._rows(AttemptRow, key_path(run, task, round_number, ""))
-
-    def answers(self, key: AttemptKey) -> list[AnswerRow]:
-        return self._rows(AnswerRow, key_path(key.run, key.task, key.round, key.attempt, ""))
-
-    def rounds(self, run: RunId) -> list[RoundRow]:
-        return sorted(self._rows(RoundRow, key_path(run, "")), key=lambda row: row.round)
-
-    def models(self, run: RunId) -> list[ModelRow]:
-        return self._rows(ModelRow, key_path(run, ""))
-
-    def model(self, run: RunId, version: int) -> ModelRow | None:
-        return next(iter(self._rows(ModelRow, key_path(run, version))), None)
-
-    def regions(self) -> list[RegionRow]:
-        return self._rows(RegionRow)
-
     def close(self) -> None:
         self._db.close()
 
@@ -206,10 +185,7 @@ class SqliteStore:
                 f"SELECT document FROM {table} WHERE key >= ? AND key < ? ORDER BY key",  # noqa: S608  a constant
                 (prefix, prefix + "\U0010ffff"),
             ).fetchall()
-        try:
-            return [documents.decode(document, kind, table) for (document,) in found]
-        except WireError as error:
-            raise StoreDamaged(f"{self._path}: {error}") from None
+        return decoded((document for (document,) in found), kind, self._path)
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -240,35 +216,3 @@ class SqliteStore:
         if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
             return StoreDamaged(f"{self._path} is damaged ({error}): restore it from a backup")
         return StorageError(f"{self._path}: {error}")
-
-
-TABLES: dict[type, str] = {
-    RunRow: "runs",
-    AttemptRow: "attempts",
-    AnswerRow: "answers",
-    ModelRow: "models",
-    RoundRow: "rounds",
-    RegionRow: "regions",
-}
-
-
-def key_of(row: Row) -> str:
-    """Key of a row: its identity, so ordered that rows of one run, round or attempt stand together."""
-    match row:
-        case RunRow():
-            return row.run
-        case AttemptRow():
-            return key_path(row.run, row.task, row.round, row.attempt)
-        case AnswerRow():
-            return key_path(row.run, row.task, row.round, row.attempt, row.region)
-        case ModelRow():
-            return key_path(row.run, row.version)
-        case RoundRow():
-            return key_path(row.run, row.task, row.round)
-        case RegionRow():
-            return row.region
-
-
-def key_path(*parts: str | int) -> str:
-    """Parts joined by ``/``, numbers padded so that their order as text is their order."""
-    return "/".join(f"{part:010d}" if isinstance(part, int) else part for part in parts)

@@ -25,11 +25,11 @@ from redis.retry import Retry
 from controller import redis_scripts as scripts
 from controller.redis_errors import translated
 from controller.redis_options import RedisOptions
-from controller.rows import AnswerRow, AttemptRow, ModelRow, RegionRow, RoundRow, Row, RunRow
-from controller.store import SCHEMA_VERSION, TABLES, WRITTEN_ONCE, key_of, key_path
+from controller.rows import Row
+from controller.store import SCHEMA_VERSION
+from controller.tables import TABLES, WRITTEN_ONCE, Tables, decoded, key_of
 from hierfl import documents
-from hierfl.errors import ConfigError, NotTheLeader, StaleEpoch, StorageError, StoreDamaged, StoreTooNew, WireError
-from hierfl.types import AttemptKey, RunId, TaskKind
+from hierfl.errors import ConfigError, NotTheLeader, StaleEpoch, StorageError, StoreDamaged, StoreTooNew
 
 __all__ = ["LEASE_S", "RedisStore"]
 
@@ -48,7 +48,7 @@ R = TypeVar("R")
 T = TypeVar("T")
 
 
-class RedisStore:
+class RedisStore(Tables):
     """See ``Store`` and the module. Methods block, for less than 3 s each; they may be called from any thread."""
 
     def __init__(self, options: RedisOptions, federation: str, *, lease_s: float = LEASE_S) -> None:
@@ -159,36 +159,11 @@ class RedisStore:
         once = "1" if isinstance(row, WRITTEN_ONCE) else ""
         return TABLES[type(row)], once, key_of(row), documents.encode(row)
 
-    def runs(self) -> list[RunRow]:
-        return sorted(self._rows(RunRow), key=lambda row: (row.submitted_unix_ns, row.run))
-
-    def attempts(self, run: RunId, task: TaskKind, round_number: int) -> list[AttemptRow]:
-        return self._rows(AttemptRow, key_path(run, task, round_number, ""))
-
-    def answers(self, key: AttemptKey) -> list[AnswerRow]:
-        return self._rows(AnswerRow, key_path(key.run, key.task, key.round, key.attempt, ""))
-
-    def rounds(self, run: RunId) -> list[RoundRow]:
-        return sorted(self._rows(RoundRow, key_path(run, "")), key=lambda row: row.round)
-
-    def models(self, run: RunId) -> list[ModelRow]:
-        return self._rows(ModelRow, key_path(run, ""))
-
-    def model(self, run: RunId, version: int) -> ModelRow | None:
-        return next(iter(self._rows(ModelRow, key_path(run, version))), None)
-
-    def regions(self) -> list[RegionRow]:
-        return self._rows(RegionRow)
-
     def _rows(self, kind: type[R], prefix: str = "") -> list[R]:
-        table = TABLES[kind]
-        found = self._run("rows", self.store_id, table, prefix, binary=True)
+        found = self._run("rows", self.store_id, TABLES[kind], prefix, binary=True)
         if found and found[0] == b"wiped":
             self._require_ours("wiped", found[1].decode(), None)
-        try:
-            return [documents.decode(document, kind, table) for document in found]
-        except WireError as error:
-            raise StoreDamaged(f"{self._where}: {error}") from None
+        return decoded(found, kind, self._where)
 
     def close(self) -> None:
         if self._epoch:

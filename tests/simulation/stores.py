@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from controller.rows import AnswerRow, AttemptRow, ModelRow, RegionRow, RoundRow, Row, RunRow
-from controller.store import WRITTEN_ONCE, key_of, key_path
+from controller.rows import Row
+from controller.tables import WRITTEN_ONCE, Tables, key_of
 from hierfl.errors import StaleEpoch, StoreDamaged
-from hierfl.types import AttemptKey, RunId, TaskKind
 from tests.simulation.loop import NODE
 
 __all__ = ["Memory", "MemoryStore"]
@@ -25,7 +24,7 @@ class Memory:
     rows: dict[type, dict[str, Row]] = field(default_factory=dict)
 
 
-class MemoryStore:
+class MemoryStore(Tables):
     """One controller's way to it. A lead holds until another one takes it: frozen leaders are replaced by force."""
 
     lease_s = None
@@ -63,27 +62,6 @@ class MemoryStore:
     def _rows(self, kind: type, prefix: str = "") -> list:
         rows = self._memory.rows.get(kind, {})
         return [rows[key] for key in sorted(rows) if key.startswith(prefix)]
-
-    def runs(self) -> list[RunRow]:
-        return sorted(self._rows(RunRow), key=lambda row: (row.submitted_unix_ns, row.run))
-
-    def attempts(self, run: RunId, task: TaskKind, round_number: int) -> list[AttemptRow]:
-        return self._rows(AttemptRow, key_path(run, task, round_number, ""))
-
-    def answers(self, key: AttemptKey) -> list[AnswerRow]:
-        return self._rows(AnswerRow, key_path(key.run, key.task, key.round, key.attempt, ""))
-
-    def rounds(self, run: RunId) -> list[RoundRow]:
-        return sorted(self._rows(RoundRow, key_path(run, "")), key=lambda row: row.round)
-
-    def models(self, run: RunId) -> list[ModelRow]:
-        return self._rows(ModelRow, key_path(run, ""))
-
-    def model(self, run: RunId, version: int) -> ModelRow | None:
-        return next(iter(self._rows(ModelRow, key_path(run, version))), None)
-
-    def regions(self) -> list[RegionRow]:
-        return self._rows(RegionRow)
 
     def close(self) -> None:
         """Nothing is open."""
