@@ -4,20 +4,19 @@ Both forms give the same bits, on every machine: scaling by a power of two and `
 and the rest is integers. The NumPy form runs until ``warm_up()`` has compiled the others, so that a site needs
 no numba and a program that folds nothing does not wait for it. Servers call ``warm_up()`` when they start.
 
-Only modules named ``kernels`` or ``kernels_...`` import numba. Kernels hold no lock and release the GIL.
+Only ``hierfl/kernels_build.py`` imports numba. Kernels hold no lock and release the GIL.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from hierfl import kernels_finish, kernels_packing, kernels_rounding
-from hierfl.kernels_build import build
+from hierfl.kernels_build import Form, build
 from hierfl.types import Float32Array, Int64Array
 
 __all__ = ["NUMPY", "Kernels", "active", "compiled", "warm_up"]
@@ -161,21 +160,8 @@ def _fold_wide(
 
 NUMPY = Kernels(_first_out_of_range_numpy, _fold_fixed_numpy, _fold_wide_numpy)
 
-_active = NUMPY
 
-
-@functools.cache
-def compiled() -> Kernels | None:
-    """The kernels as machine code, one specialisation each; None where numba is not installed.
-
-    They come from numba's cache (beside this file, in the user's cache directory, or in ``NUMBA_CACHE_DIR``);
-    where none of these can be written they are compiled anew, about a second.
-    """
-    try:
-        import numba
-    except ImportError:
-        return None
-    types = numba.types
+def _compiled(types: Any) -> Kernels:
     # Received messages are read-only, and their values may stand at any address.
     values = types.Array(types.float32, 1, "C", readonly=True, aligned=False)
     sums, low = types.int64[::1], types.uint64[::1]
@@ -188,9 +174,8 @@ def compiled() -> Kernels | None:
     )
 
 
-def active() -> Kernels:
-    """The kernels in use: compiled ones after a successful ``warm_up()``."""
-    return _active
+FORM = Form(NUMPY, _compiled)
+active, compiled = FORM.active, FORM.compiled
 
 
 def warm_up() -> bool:
@@ -198,10 +183,6 @@ def warm_up() -> bool:
 
     Returns whether they are compiled: False where numba is not installed, and NumPy's form goes on.
     """
-    global _active  # noqa: PLW0603 -- set once, when a server starts
-    kernels_packing.warm_up()
-    kernels_finish.warm_up()
-    kernels_rounding.warm_up()
-    kernels = compiled()
-    _active = kernels or NUMPY
-    return kernels is not None
+    for others in kernels_packing, kernels_finish, kernels_rounding:
+        others.warm_up()
+    return FORM.warm_up()

@@ -7,16 +7,15 @@ compiled after ``kernels.warm_up()``, NumPy's until then.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from hierfl import kernels
 from hierfl.kernels import BLOCK, EXACT, MAGIC, MAGIC_BITS
-from hierfl.kernels_build import build
+from hierfl.kernels_build import Form, build
 from hierfl.types import Float32Array, Int64Array
 
 __all__ = ["NUMPY", "EncodingKernels", "active", "compiled", "warm_up"]
@@ -160,14 +159,7 @@ def _fold_sparse(sums: Int64Array, indices: UInt32Array, values: Float32Array, s
 NUMPY = EncodingKernels(_fold_bfloat16_numpy, _fold_int8_numpy, _fold_sparse_numpy)
 
 
-@functools.cache
-def compiled() -> EncodingKernels | None:
-    """The kernels as machine code, from numba's cache or made anew; None where numba is not installed."""
-    try:
-        import numba
-    except ImportError:
-        return None
-    types = numba.types
+def _compiled(types: Any) -> EncodingKernels:
 
     def received(kind: object) -> object:
         return types.Array(kind, 1, "C", readonly=True, aligned=False)  # messages: read-only, at any address
@@ -179,6 +171,9 @@ def compiled() -> EncodingKernels | None:
         build(_fold_int8, sums, received(types.int8), floats, whole, whole, *scaling),
         build(_fold_sparse, sums, received(types.uint32), floats, *scaling[1:]),
     )
+
+
+compiled = Form(NUMPY, _compiled).compiled
 
 
 def active() -> EncodingKernels:

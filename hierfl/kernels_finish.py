@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from hierfl import kernels_build
+from hierfl.kernels_build import Form, build
 from hierfl.types import Float32Array, Float64Array, Int64Array
 
 __all__ = ["NUMPY", "FinishKernels", "active", "compiled", "warm_up"]
@@ -94,38 +94,20 @@ def _follow(
 
 NUMPY = FinishKernels(_mean_numpy, _move_numpy, _follow_numpy)
 
-_active = NUMPY
 
-
-@functools.cache
-def compiled() -> FinishKernels | None:
-    """The kernels as machine code; None where numba is not installed. Cached as ``hierfl/kernels.py`` says."""
-    try:
-        import numba
-    except ImportError:
-        return None
-    types = numba.types
+def _compiled(types: Any) -> FinishKernels:
     sums = types.Array(types.int64, 1, "C", readonly=True)
     params = types.Array(types.float32, 1, "C", readonly=True, aligned=False)
     step = types.Array(types.float64, 1, "C", readonly=True)
 
     # error_model: a division by zero is infinite, as NumPy's; the loop could not be vectorised otherwise.
-    build = functools.partial(kernels_build.build, error_model="numpy")
+    built = functools.partial(build, error_model="numpy")
     return FinishKernels(
-        build(_mean, sums, types.float64, types.float64, types.float64[::1]),
-        build(_move, params, step, types.float32[::1]),
-        build(_follow, params, sums, types.float64, types.float64, types.float64, types.float32[::1]),
+        built(_mean, sums, types.float64, types.float64, types.float64[::1]),
+        built(_move, params, step, types.float32[::1]),
+        built(_follow, params, sums, types.float64, types.float64, types.float64, types.float32[::1]),
     )
 
 
-def active() -> FinishKernels:
-    """The kernels in use: compiled ones after a successful ``warm_up()``."""
-    return _active
-
-
-def warm_up() -> bool:
-    """Compile the kernels, or load them, and use them from now on; whether they are compiled."""
-    global _active  # noqa: PLW0603 -- set once, when a server starts
-    kernels = compiled()
-    _active = kernels or NUMPY
-    return kernels is not None
+FORM = Form(NUMPY, _compiled)
+active, compiled, warm_up = FORM.active, FORM.compiled, FORM.warm_up

@@ -10,14 +10,13 @@ copying them takes 22 ms).
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from hierfl.kernels_build import build
+from hierfl.kernels_build import Form, build
 from hierfl.types import Int64Array
 
 __all__ = ["BLOCK", "LANES", "MAX_WIDTH", "NUMPY", "ROWS", "PackingKernels", "active", "compiled", "warm_up"]
@@ -237,17 +236,8 @@ def _add_low(words: UInt64Array, references: Int64Array, widths: UInt8Array, hig
 
 NUMPY = PackingKernels(_measure_numpy, _pack_numpy, _add_numpy, _add_low_numpy)
 
-_active = NUMPY
 
-
-@functools.cache
-def compiled() -> PackingKernels | None:
-    """The kernels as machine code; None where numba is not installed. Cached as ``hierfl/kernels.py`` says."""
-    try:
-        import numba
-    except ImportError:
-        return None
-    types = numba.types
+def _compiled(types: Any) -> PackingKernels:
     # Received messages and shared memory are read-only, and their values may stand at any address.
     values = types.Array(types.int64, 1, "C", readonly=True, aligned=False)
     received = types.Array(types.uint64, 1, "C", readonly=True, aligned=False)
@@ -262,14 +252,5 @@ def compiled() -> PackingKernels | None:
     )
 
 
-def active() -> PackingKernels:
-    """The kernels in use: compiled ones after a successful ``warm_up()``."""
-    return _active
-
-
-def warm_up() -> bool:
-    """Compile the kernels, or load them, and use them from now on; whether they are compiled."""
-    global _active  # noqa: PLW0603 -- set once, when a server starts
-    kernels = compiled()
-    _active = kernels or NUMPY
-    return kernels is not None
+FORM = Form(NUMPY, _compiled)
+active, compiled, warm_up = FORM.active, FORM.compiled, FORM.warm_up

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from hierfl.kernels_build import build
+from hierfl.kernels_build import Form, build
 from hierfl.types import Int64Array
 
 __all__ = ["NUMPY", "RoundingKernels", "active", "compiled", "warm_up"]
@@ -46,30 +45,12 @@ def _split(values: Int64Array, drop_bits: int, quotients: Int64Array, left_over:
 
 NUMPY = RoundingKernels(_split_numpy)
 
-_active = NUMPY
 
-
-@functools.cache
-def compiled() -> RoundingKernels | None:
-    """The kernel as machine code; None where numba is not installed. Cached as ``hierfl/kernels.py`` says."""
-    try:
-        import numba
-    except ImportError:
-        return None
-    types = numba.types
+def _compiled(types: Any) -> RoundingKernels:
     return RoundingKernels(
         build(_split, types.int64[::1], types.int64, types.int64[::1], types.int64[::1]),
     )
 
 
-def active() -> RoundingKernels:
-    """The kernel in use: the compiled one after a successful ``warm_up()``."""
-    return _active
-
-
-def warm_up() -> bool:
-    """Compile the kernel, or load it, and use it from now on; whether it is compiled."""
-    global _active  # noqa: PLW0603 -- set once, when a server starts
-    kernels = compiled()
-    _active = kernels or NUMPY
-    return kernels is not None
+FORM = Form(NUMPY, _compiled)
+active, compiled, warm_up = FORM.active, FORM.compiled, FORM.warm_up

@@ -86,7 +86,7 @@ def exact_int(partial: PartialAggregate, name: str, index: int) -> int:
 def both_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     form = kernels.NUMPY if request.param == "numpy" else kernels.compiled()
     assert form is not None, "numba is part of the test environment"
-    monkeypatch.setattr(kernels, "_active", form)
+    monkeypatch.setattr(kernels.FORM, "in_use", form)
 
 
 # --- the algebra

@@ -19,7 +19,7 @@ STARTS = ("hierfl.client", "hierfl.cli.client", "hierfl.cli.root", "hierfl.cli")
 NOT_AT_A_SITE = {"ray", "torch", "redis", "numba", "psutil", "sklearn"}
 MAY_IMPORT = {
     "torch": {"hierfl.client.torch"},
-    "numba": {f"hierfl.kernels{part}" for part in ("", "_build", "_encodings", "_finish", "_packing", "_rounding")},
+    "numba": {"hierfl.kernels_build"},
 }
 """Which module may name which of those: on call, never when it is imported (the helper for torch aside)."""
 

@@ -14,5 +14,5 @@ def both_kernels(request: pytest.FixtureRequest) -> Iterator[None]:
     form = kernels.NUMPY if request.param == "numpy" else kernels.compiled()
     assert form is not None, "numba is part of the test environment"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "_active", form)
+        patch.setattr(kernels.FORM, "in_use", form)
         yield
