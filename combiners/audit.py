@@ -17,8 +17,9 @@ from hierfl.border import Crossing, merkle_root
 from hierfl.certificates import verify
 from hierfl.errors import CertificateUntrusted
 from hierfl.receipts import ReceiptState
-from hierfl.records import UPDATE_CONTEXT, PartialHead, update_statement
-from hierfl.types import ModelHash, RunId
+from hierfl.records import UPDATE_CONTEXT, PartialHead, update_leaf, update_statement
+from hierfl.residency import is_dominated
+from hierfl.types import ModelHash, RunId, SiteId
 
 __all__ = ["audit_zone", "seals_of"]
 
@@ -184,11 +185,12 @@ class _Seal:
                 self.book.wrong("receipts", receipt.key, "what its client signed", found, "another digest or weight")
 
     def _check_row(self, root: str) -> None:
-        seal, share = self.partial, _largest_share(self.receipts)
+        seal, weights = self.partial, _weights(self.receipts)
         self.book.expect("partials", seal.seal_id, "updates_root, over the receipts there are", root, seal.updates_root)
         if self.num_sites < seal.sites_needed:
             self.book.wrong("partials", seal.seal_id, "sites", self.num_sites, f"at least {seal.sites_needed}")
-        if share > seal.max_share:
+        if weights and is_dominated(weights, seal.max_share):
+            share = max(weights.values()) / (weights.total() or 1)
             self.book.wrong("partials", seal.seal_id, "largest share", share, f"at most {seal.max_share}")
         if seal.region_epoch > self.max_epoch:
             self.book.wrong("partials", seal.seal_id, "region_epoch", seal.region_epoch, f"at most {self.max_epoch}")
@@ -255,12 +257,11 @@ class _Seal:
 
 
 def _leaf(receipt: ReceiptRow) -> bytes:
-    return update_statement(receipt.key, receipt.digest, receipt.weight) + (receipt.signature or b"")
+    return update_leaf(receipt.key, receipt.digest, receipt.weight, receipt.signature or b"")
 
 
-def _largest_share(receipts: Sequence[ReceiptRow]) -> float:
-    weights: Counter[str] = Counter()
+def _weights(receipts: Sequence[ReceiptRow]) -> Counter[SiteId]:
+    weights: Counter[SiteId] = Counter()
     for receipt in receipts:
         weights[receipt.key.client.site] += receipt.weight
-    total = sum(weights.values())
-    return max(weights.values()) / total if total else 0.0
+    return weights

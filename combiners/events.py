@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 
 from combiners.messages import App, Claim
 from hierfl.plan import Plan
@@ -248,6 +249,15 @@ class Seal:
     entries: Mapping[str, tuple[Claim, ...]]
     """By incarnation; all agree with the claims granted."""
     receipts: tuple[Receipt, ...]
+
+    @cached_property
+    def claims(self) -> list[Claim]:
+        """Of all incarnations."""
+        return [claim for entries in self.entries.values() for claim in entries]
+
+    @property
+    def num_sites(self) -> int:
+        return len({claim.key.client.site for claim in self.claims})
 
 
 @dataclass(frozen=True)

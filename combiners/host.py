@@ -404,7 +404,7 @@ class RegionHost:
             self.store.write_seal,
             sealed,
             key=plan.key,
-            claims=[claim for entries in instruction.entries.values() for claim in entries],
+            claims=instruction.claims,
             receipts=instruction.receipts,
             sites_needed=policy.sites_needed(plan),
             max_share=policy.max_share,

@@ -18,11 +18,11 @@ from hierfl.aggregation import Accumulator, PartialAggregate
 from hierfl.border import merkle_root
 from hierfl.feedback import round_off
 from hierfl.plan import Plan
-from hierfl.records import update_statement
-from hierfl.residency import ZonePolicy, release
+from hierfl.records import update_leaf
+from hierfl.residency import Summed, ZonePolicy, release
 from hierfl.types import RegionId
 
-__all__ = ["make_sealed", "updates_root"]
+__all__ = ["make_sealed", "through_the_gate", "updates_root"]
 
 
 def make_sealed(
@@ -48,26 +48,46 @@ def make_sealed(
         ResidencyError: It may not leave.
         ValueOutOfRange, LayoutMismatch: An intake handed over what its claims cannot have made.
     """
-    claims = [claim for entries in instruction.entries.values() for claim in entries]
-    num_sites, plan = len({claim.key.client.site for claim in claims}), instruction.plan
-    partial, left_over = _add_up(plan, hand_overs, num_sites), None
+    plan = instruction.plan
+    partial, left_over = _add_up(plan, hand_overs, instruction.num_sites), None
     if plan.drop_bits:
         rounded = round_off(partial, plan.drop_bits, carried.sums if carried else None)
         partial = rounded.partial
         if carried is not None:
             left_over = left_over_of(plan.base.layout_hash, plan.task.groups, rounded.left_over)
+    digests = (carried.digest if carried else "", left_over.digest if left_over else "")
+    return through_the_gate(instruction, partial, policy, region, region_epoch, *digests), left_over
+
+
+def through_the_gate(
+    instruction: Seal,
+    summed: Summed,
+    policy: ZonePolicy,
+    region: RegionId,
+    region_epoch: int,
+    carried: str = "",
+    left_over: str = "",
+) -> Sealed:
+    """Encode a sum, if the zone's rule lets it go.
+
+    Args:
+        summed: Over all claims of the instruction.
+        carried, left_over: Digests of what earlier rounds left over, and of what this one does.
+    Raises:
+        ResidencyError: It may not leave.
+    """
     exportable = release(
-        partial,
+        summed,
         policy=policy,
-        plan=plan,
+        plan=instruction.plan,
         region=region,
-        contributions=[contribution(claim) for claim in claims],
+        contributions=[contribution(claim) for claim in instruction.claims],
         region_epoch=region_epoch,
         seal_id=instruction.seal_id,
-        carried=carried.digest if carried else "",
-        left_over=left_over.digest if left_over else "",
+        carried=carried,
+        left_over=left_over,
     )
-    return seal(exportable, plan.base.layout_hash), left_over
+    return seal(exportable, instruction.plan.base.layout_hash)
 
 
 def _add_up(plan: Plan, hand_overs: Sequence[HandOver], num_sites: int) -> PartialAggregate:
@@ -89,5 +109,6 @@ def _add_up(plan: Plan, hand_overs: Sequence[HandOver], num_sites: int) -> Parti
 
 def updates_root(instruction: Seal) -> str:
     """Merkle root over the statements that the clients signed, each followed by its signature."""
-    claims = [claim for entries in instruction.entries.values() for claim in entries]
-    return merkle_root(update_statement(claim.key, claim.digest, claim.weight) + claim.signature for claim in claims)
+    return merkle_root(
+        update_leaf(claim.key, claim.digest, claim.weight, claim.signature) for claim in instruction.claims
+    )

@@ -16,15 +16,14 @@ import numpy as np
 
 from combiners.events import Seal
 from combiners.messages import HandOver, Ranged
-from combiners.region import contribution
-from combiners.sealed import Sealed, seal
+from combiners.sealed import Sealed
+from combiners.sealing import through_the_gate
 from hierfl.aggregation import Accumulator, PartialAggregate
 from hierfl.columns import ColumnGroup
 from hierfl.errors import LayoutMismatch, StorageError, ValueOutOfRange
 from hierfl.metrics import add_metrics
-from hierfl.residency import ZonePolicy, release
+from hierfl.residency import ZonePolicy
 from hierfl.types import Int64Array, RegionId
-from hierfl.wire.packed import PACKED
 from hierfl.wire.piecewise import PackedPartial, Packer, pieces
 
 __all__ = ["SumsLost", "can_stream", "seal_ranges", "whole"]
@@ -54,8 +53,7 @@ class SumsLost(StorageError):
 
 def can_stream(instruction: Seal, hand_overs: Sequence[HandOver]) -> bool:
     """Whether a seal is made here: some of the sums are at shards, and they are packed unrounded."""
-    is_exact = instruction.plan.partial_encoding == PACKED and not instruction.plan.drop_bits
-    return is_exact and any(one.ranged is not None for one in hand_overs)
+    return not instruction.plan.drop_bits and any(one.ranged is not None for one in hand_overs)
 
 
 async def whole(hand_over: HandOver, timeout_s: float) -> HandOver:
@@ -103,27 +101,17 @@ async def seal_ranges(
     for group, start, stop in pieces(plan.task.groups, PIECE_VALUES):
         blocks = await asyncio.gather(*(source.block(group, start, stop) for source in sources))
         await in_thread(partial(_pack, packer, group, sources, blocks))
-    claims = [claim for entries in instruction.entries.values() for claim in entries]
 
     def finish() -> Sealed:
         summed = PackedPartial(
             plan.task.groups,
             packer.finish(),
             total.weight,
-            len({claim.key.client.site for claim in claims}),
+            instruction.num_sites,
             total.num_updates,
             total.metrics,
         )
-        exportable = release(
-            summed,
-            policy=policy,
-            plan=plan,
-            region=region,
-            contributions=[contribution(claim) for claim in claims],
-            region_epoch=region_epoch,
-            seal_id=instruction.seal_id,
-        )
-        return seal(exportable, plan.base.layout_hash)
+        return through_the_gate(instruction, summed, policy, region, region_epoch)
 
     return await in_thread(finish)
 

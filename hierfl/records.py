@@ -17,6 +17,7 @@ __all__ = [
     "CountedPartial",
     "PartialHead",
     "UpdateHead",
+    "update_leaf",
     "update_statement",
 ]
 
@@ -115,3 +116,8 @@ def update_statement(key: UpdateKey, digest: str, weight: int) -> bytes:
     "weight":...}``.
     """
     return documents.encode({"digest": digest, "key": key, "weight": weight})
+
+
+def update_leaf(key: UpdateKey, digest: str, weight: int, signature: bytes) -> bytes:
+    """An update in the Merkle tree of its seal: what its client signed, then the signature."""
+    return update_statement(key, digest, weight) + signature

@@ -62,9 +62,14 @@ def objection(policy: ZonePolicy, plan: Plan, contributions: Sequence[Contributi
     weights = _weights(contributions)
     if len(weights) < policy.sites_needed(plan) or len(contributions) < plan.min_clients:
         return Reason.TOO_FEW_SITES
-    if max(weights.values()) > policy.max_share * sum(weights.values()):
+    if is_dominated(weights, policy.max_share):
         return Reason.DOMINATED
     return None
+
+
+def is_dominated(weights: Mapping[SiteId, int], max_share: float) -> bool:
+    """Whether one site carries more than ``max_share`` of the weight of all."""
+    return max(weights.values()) > max_share * sum(weights.values())
 
 
 def objection_to_resending(policy: ZonePolicy, plan: Plan, head: PartialHead) -> Reason | None:
