@@ -201,7 +201,7 @@ class Desk:
         if attempt is None:
             return False
         claiming = sum(key.attempt == claim.key.attempt for key in self._claiming)
-        return claiming + len(attempt.folding) + len(attempt.folded) >= len(self.followers.serving(attempt.plan))
+        return claiming + len(attempt.folding) + len(attempt.folded) >= self.followers.num_serving(attempt.plan)
 
     # ------------------------------------------------------------ IntakePort
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 from combiners.messages import App, Connection, serves
 from hierfl.errors import ComeBack
@@ -69,21 +71,28 @@ class Followers:
         self._tell = tell
         self._sessions: dict[ClientRef, list[Session]] = {}
         self._away: dict[ClientRef, tuple[tuple[App, ...], asyncio.TimerHandle]] = {}
-        self._num_open = 0
+        self._open: Counter[tuple[App, ...]] = Counter()
+        """Streams that go on, by what their clients serve: few kinds, whatever the number of clients."""
 
     def __len__(self) -> int:
         """Streams that go on."""
-        return self._num_open
+        return self._open.total()
 
-    def _ended(self) -> None:
-        self._num_open -= 1
+    def num_serving(self, plan: Plan) -> int:
+        """Those that go on and serve the plan's app."""
+        return sum(number for apps, number in self._open.items() if serves(apps, plan))
+
+    def _ended(self, apps: tuple[App, ...]) -> None:
+        self._open[apps] -= 1
+        if not self._open[apps]:
+            del self._open[apps]
 
     def __iter__(self) -> Iterator[Session]:
         return (session for sessions in self._sessions.values() for session in sessions if not session.is_over)
 
     def join(self, client: ClientRef, apps: tuple[App, ...]) -> Session:
-        session = Session(client, apps, on_end=self._ended)
-        self._num_open += 1
+        session = Session(client, apps, on_end=partial(self._ended, apps))
+        self._open[apps] += 1
         self._stop_waiting_for(client)
         self._sessions.setdefault(client, []).append(session)
         self._tell(self._presence(client))
