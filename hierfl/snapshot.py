@@ -56,7 +56,7 @@ def _copy(database: Path, copy: Path) -> None:
                 continue
         if _header(log) == before and _header(copy_of_log) == before:
             return
-        time.sleep(PAUSE_S)
+        time.sleep(PAUSE_S)  # its writer says to nobody when it pauses
     raise StorageError(f"{database} is written to without a pause; try again")
 
 

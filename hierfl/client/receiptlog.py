@@ -113,12 +113,13 @@ class ReceiptLog:
             raise storage_error(error, self._path) from None
 
     def _prune(self) -> None:
-        found = read_log(self._path)
+        lines = _lines(self._path)
+        found = _whole(lines)
         kept = still_kept(found, time.time_ns())
+        self._num_lines, self._is_torn = len(kept), lines[-1] != b""
         if len(kept) < len(found):
             write_durably(self._path, (documents.encode(receipt) + b"\n" for receipt in kept))
-        self._num_lines = len(kept)
-        self._is_torn = self._path.exists() and not self._path.read_bytes().endswith(b"\n")
+            self._is_torn = False
 
 
 def still_kept(receipts: Iterable[KeptReceipt], now_unix_ns: int) -> list[KeptReceipt]:
@@ -136,12 +137,20 @@ def read_log(path: Path) -> list[KeptReceipt]:
     Raises:
         StorageError: The file is there and cannot be read.
     """
+    return _whole(_lines(path))
+
+
+def _lines(path: Path) -> list[bytes]:
+    """The last one is empty, or half a line."""
     try:
-        lines = path.read_bytes().split(b"\n")
+        return path.read_bytes().split(b"\n")
     except FileNotFoundError:
-        return []
+        return [b""]
     except OSError as error:
         raise storage_error(error, path, "read") from None
+
+
+def _whole(lines: Iterable[bytes]) -> list[KeptReceipt]:
     return [receipt for line in lines if (receipt := _read(line)) is not None]
 
 

@@ -15,7 +15,7 @@ from hierfl import documents
 from hierfl.client.held import Held
 from hierfl.client.intakes import Intakes
 from hierfl.client.link import receipts_at
-from hierfl.client.receiptlog import FILE, KeptReceipt, read_log
+from hierfl.client.receiptlog import FILE, KeptReceipt, read_log, receipt_of
 from hierfl.errors import HierFLError, NotFound, Unreachable, WireError
 from hierfl.pki import Kit
 from hierfl.receipts import Receipt
@@ -80,7 +80,8 @@ def _kept(client: ClientRef, folder: Path) -> Iterable[Told]:
     """Updates that are held, then lines of the log, which know more."""
     held = {one.key: one for path in sorted((folder / "updates").glob("*.json")) if (one := _held(path)) is not None}
     for one in held.values():
-        yield Told(client=client, kept=_line_of(one), is_held=True)
+        as_made = replace(receipt_of(one, one.state), at_unix_ns=one.made_unix_ns)
+        yield Told(client=client, kept=as_made, is_held=True)
     for receipt in read_log(folder / FILE):
         yield Told(client=client, kept=receipt, is_held=receipt.key in held)
 
@@ -90,16 +91,6 @@ def _held(path: Path) -> Held | None:
         return documents.decode(path.read_bytes(), Held, "held update")
     except (OSError, WireError):  # dropped in this moment, or damaged
         return None
-
-
-def _line_of(held: Held) -> KeptReceipt:
-    return KeptReceipt(
-        key=held.key,
-        digest=held.digest,
-        weight=held.head.weight,
-        state=held.state,
-        at_unix_ns=held.made_unix_ns,
-    )
 
 
 def ask_anew(told: Sequence[Told], kits: Mapping[ClientRef, Kit], folders: Folders, say: Say) -> list[Told]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
@@ -19,7 +19,10 @@ from hierfl.wire.transfer import Outgoing
 from tests.chaos.trial import LOOK_S, Trial
 from tests.support.peers import Peer, update, zeros
 
-__all__ = ["other_bytes", "other_keys"]
+__all__ = ["Forge", "other_bytes", "other_keys"]
+
+Forge = Callable[[Trial, int], Awaitable[tuple[int, int]]]
+"""Does so in so many rounds; how often it was tried, and refused."""
 
 SITE = SiteId("forger")
 

@@ -75,22 +75,22 @@ async def row_1(folder: Path, repeats: int) -> Figures:
 
 async def row_2(folder: Path, repeats: int) -> Figures:
     """Other bytes under a key: while the first are staged, once they are sealed, once they are counted."""
-    async with trial(SMALL, folder) as harmed:
-        run = await harmed.submit()
-        tried, refused = await forger.other_bytes(harmed, repeats)
-        await harmed.end(run)
-    wrong = [] if tried == refused else [f"{tried - refused} of {tried} were taken"]
-    return verdict(2, SMALL, folder, tried, {"tried": tried, "refused": refused}, *wrong)
+    return await forgeries(2, folder, forger.other_bytes, repeats)
 
 
 async def row_3(folder: Path, repeats: int) -> Figures:
     """An update for a stale round, a future one, another attempt, another run."""
+    return await forgeries(3, folder, forger.other_keys, repeats)
+
+
+async def forgeries(row: int, folder: Path, forge: forger.Forge, repeats: int) -> Figures:
+    """So many rounds with forged updates, all of which have to be refused."""
     async with trial(SMALL, folder) as harmed:
         run = await harmed.submit()
-        tried, refused = await forger.other_keys(harmed, repeats)
+        tried, refused = await forge(harmed, repeats)
         await harmed.end(run)
     wrong = [] if tried == refused else [f"{tried - refused} of {tried} were taken"]
-    return verdict(3, SMALL, folder, tried, {"tried": tried, "refused": refused}, *wrong)
+    return verdict(row, SMALL, folder, tried, {"tried": tried, "refused": refused}, *wrong)
 
 
 # ---------------------------------------------------------------- 4, 5: processes that die
