@@ -23,11 +23,10 @@ import numpy as np
 import ray
 from ray.exceptions import RayActorError, RayError
 
-from combiners.desk import IntakeSettings
 from combiners.host import RegionHost
 from combiners.intake import IntakeHost
 from combiners.messages import ClientView, HandOver, IntakePort, Model, Opening, Registration, Tick, TickReply
-from combiners.settings import RegionSettings
+from combiners.settings import IntakeSettings, RegionSettings
 from combiners.shard_actor import make_shard
 from hierfl import buffers, kernels, observe
 from hierfl.aggregation import PartialAggregate

@@ -133,8 +133,7 @@ def serve(
       hierfl combiner serve --kit KIT --dir DIR --intakes 2 --listen 0.0.0.0:4433 --listen 0.0.0.0:4434
       hierfl combiner serve --kit KIT --dir DIR --ray-address auto --listen 0.0.0.0:4433
     """
-    from combiners.desk import IntakeSettings
-    from combiners.settings import RegionSettings
+    from combiners.settings import IntakeSettings, RegionSettings
     from combiners.supervisor import CombinerSettings
     from hierfl.residency import ZonePolicy
 

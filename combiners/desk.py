@@ -1,27 +1,26 @@
 """An intake without its sockets: offers out, updates in, claims and hand-overs with the Region.
 
 Staged updates, accumulators and the incarnation go together: when the Region holds the incarnation void,
-all of it is dropped and every client is sent away to come back. When as many follow as can, those who have
-nothing to do make room, and the others are told when to come back.
+all of it is dropped and every client is sent away to come back.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from combiners.admission import Admitted, Line
 from combiners.checks import check_announced
+from combiners.delivery import Delivery
+from combiners.door import Door
 from combiners.folding import Folding
 from combiners.followers import Followers, Session
 from combiners.link import RegionLink
 from combiners.merging import added
 from combiners.messages import (
     Answer,
-    App,
     Claim,
     ClaimAnswer,
     HandOver,
@@ -33,15 +32,12 @@ from combiners.messages import (
     Report,
     serves,
 )
-from combiners.pacing import Pacer
 from combiners.placing import MakeShard, Placing
-from combiners.postbox import Postbox
+from combiners.settings import IntakeSettings
 from combiners.sharding import held, room
-from combiners.turns import Turns
 from hierfl import documents, observe
 from hierfl.endpoints import EndpointList
 from hierfl.errors import (
-    ComeBack,
     DigestMismatch,
     Interrupted,
     RoundClosed,
@@ -54,47 +50,15 @@ from hierfl.plan import Plan
 from hierfl.receipts import Reason, Receipt, ReceiptState
 from hierfl.types import AttemptKey, ClientRef, ModelHash, UpdateKey
 from hierfl.wire import hierfl_pb2 as pb
-from hierfl.wire.convert import key_to_proto, receipt_to_proto
-from hierfl.wire.resume import KEEP_S, Unfinished
+from hierfl.wire.convert import key_to_proto
+from hierfl.wire.resume import Unfinished
 from hierfl.wire.transfer import Incoming
 
-__all__ = ["Desk", "IntakeSettings"]
+__all__ = ["Desk"]
 
 RETRY_S = 0.5
 """A claim that has to wait for a seal is made again after so long, if nothing was heard."""
 RETRY_AFTER_MS = 500
-FULL = "as many clients are connected here as this combiner takes at once; come back when it says"
-SHORT_ROUND_S = 2.0
-"""After a round of at most so long receipts wait for the next offer, to go along with it, ..."""
-OFFER_COMES_WITHIN = 1.25
-"""... for so many times as long as it took."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class IntakeSettings:
-    """Bounds of one intake."""
-
-    max_uploads: int = 16
-    """Uploads at once."""
-    memory_bytes: int = 0
-    """What the intake may use, and each of its shards; 0: its share of this machine's, or of this container's. It
-    bounds the bytes of all uploads at once (``budget.py``); one that is larger goes alone."""
-    actors: int = 2
-    """Processes of the combiner that may share the machine."""
-    shards: int | None = None
-    """Processes that share an attempt's sums; 0: none, ``None``: as many as its model takes that does not fit here."""
-    max_following: int = 4000
-    """Clients that may wait at once; more are told when to come back."""
-    least_turn_s: float = 20.0
-    """While there are more than that, each may stay for at least about so long."""
-    away_grace_s: float = 10.0
-    """A client that was told to come back is waited for so much longer."""
-    ticket_s: float = 10.0
-    """Seconds in which an admitted upload has to begin."""
-    silence_s: float = 30.0
-    """An upload without a frame for so long has ended."""
-    resume_s: float = KEEP_S
-    """What came of a cut upload is kept for so long, and its room with it."""
 
 
 class Desk:
@@ -131,13 +95,17 @@ class Desk:
         )
         self.unfinished: Unfinished[UpdateKey] = Unfinished(settings.resume_s, staging_bytes)
         self.followers = Followers(self.link.connection)
-        self._postbox = Postbox(self._collect)
-        self._receipts_wait_s = 0.0
+        self.door = Door(
+            self.followers,
+            self._is_idle,
+            max_following=settings.max_following,
+            least_turn_s=settings.least_turn_s,
+            away_grace_s=settings.away_grace_s,
+        )
+        self._delivery = Delivery(self.followers)
         self.endpoints = pb.Endpoints()
         """The region's list, as this intake was last told; kept when the incarnation ends."""
         self.endpoints_age = (0, 0)
-        self._pacer = Pacer(settings.max_following, settings.least_turn_s)
-        self._turns = Turns(self._is_idle)
         self.attempts: dict[AttemptKey, Folding] = {}
         self.bytes_in = self.bytes_out = 0
         self.is_stopping = False
@@ -158,7 +126,7 @@ class Desk:
     def shut(self) -> None:
         """The end: everyone is sent away."""
         self.stop_admitting()
-        self._postbox.clear()
+        self._delivery.clear()
         self.followers.end_all()
         self._pool.shutdown(wait=False)
 
@@ -181,7 +149,7 @@ class Desk:
         self._make_room_for_uploads()
         self.unfinished.drop(lambda _: True)
         self.line.clear()
-        self._postbox.clear()
+        self._delivery.clear()
         self.followers.end_all()
 
     def _answered(self, answer: ClaimAnswer) -> ClaimAnswer:
@@ -270,44 +238,21 @@ class Desk:
             return
         attempt.close()
         self._make_room_for_uploads()
-        self._receipts_wait_s = _receipts_wait_s(attempt)
+        self._delivery.attempt_over(attempt)
         self.unfinished.drop(lambda update: update.attempt == key)
         withdrawal = pb.FollowResponse(withdrawal=pb.Withdrawal(key=key_to_proto(key), reason=reason))
         for session in self.followers.serving(attempt.plan):
             if session.client not in attempt.folded:
                 session.send(withdrawal)
-        self._turns.note_all(self.followers)
+        self.door.attempt_over()
 
     async def deliver(self, receipts: tuple[Receipt, ...]) -> None:
-        for receipt in receipts:
-            client = receipt.key.client
-            if self._receipts_wait_s and self._may_wait(client):
-                self._postbox.put(receipt, self._receipts_wait_s)
-            else:
-                self.followers.send(client, pb.FollowResponse(receipt=receipt_to_proto(receipt)))
-
-    def _may_wait(self, client: ClientRef) -> bool:
-        """Of several streams of one client one is broken, perhaps, and nobody has noticed: all are told, at once."""
-        sessions = self.followers.of(client)
-        return len(sessions) == 1 and sessions[0].takes_along
-
-    def _collect(self, client: ClientRef) -> None:
-        """Nothing came along for what waits: it goes alone; who has left asks when it is back."""
-        if self._may_wait(client):
-            self.followers.send(client, pb.FollowResponse())
-        else:
-            for receipt in self._postbox.take(client):
-                self.followers.send(client, pb.FollowResponse(receipt=receipt))
+        self._delivery.deliver(receipts)
 
     def complete(self, session: Session, event: pb.FollowResponse) -> pb.FollowResponse | None:
         """An event that is about to be sent, and what waits to go along; none where that makes nothing."""
         self.bytes_out += sum(map(len, event.model))
-        receipts = self._postbox.take(session.client) if self._may_wait(session.client) else []
-        if not receipts:
-            return event if event.HasField("event") else None
-        whole = pb.FollowResponse(receipts=receipts)
-        whole.MergeFrom(event)
-        return whole
+        return self._delivery.complete(session, event)
 
     # ------------------------------------------------------------ for the service
 
@@ -317,34 +262,6 @@ class Desk:
         await self._is_registered.wait()
         return self.link.incarnation
 
-    def join(self, client: ClientRef, apps: tuple[App, ...]) -> Session:
-        """Let a client follow.
-
-        Raises:
-            ComeBack: As many do as can, and all of them have something to do.
-        """
-        if len(self.followers) >= self.settings.max_following:
-            self._make_room(client, apps)
-        self._pacer.came(client)
-        session = self.followers.join(client, apps)
-        self._turns.note([session])
-        return session
-
-    def leave(self, session: Session) -> None:
-        """A client's stream has ended."""
-        self._turns.forget(session)
-        self.followers.leave(session)
-
-    def _make_room(self, client: ClientRef, apps: tuple[App, ...]) -> None:
-        own = next((session for session in self.followers.of(client) if not session.is_over), None)
-        if own is not None:
-            own.end()  # a stream that broke on its way, and the client is back before that was noticed
-            return
-        idle = self._turns.take()
-        if idle is None:
-            raise self._send_away(client, apps)
-        idle.end(self._send_away(idle.client, idle.apps))
-
     def _is_idle(self, session: Session) -> bool:
         """Whether every open attempt that the client serves has its answer."""
         return all(
@@ -353,21 +270,13 @@ class Desk:
             if serves(session.apps, attempt.plan)
         )
 
-    def _send_away(self, client: ClientRef, apps: tuple[App, ...]) -> ComeBack:
-        after_s = self._pacer.next_s(client, time.monotonic())
-        self.followers.turn_away(client, apps, after_s, self.settings.away_grace_s)
-        return ComeBack(FULL, after_s)
-
     def answered(self, key: UpdateKey) -> None:
         """The client has its receipt, or has said no: nothing is left for it to do in this attempt."""
         attempt = self.attempts.get(key.attempt)
         if attempt is None or key.client in attempt.answered:
             return
         attempt.answered.add(key.client)
-        self._turns.note(self.followers.of(key.client))
-        since_s = min((session.since_s for session in self.followers.of(key.client)), default=None)
-        if since_s is not None:
-            self._pacer.took(time.monotonic() - since_s)
+        self.door.answered(key.client)
 
     def offers(self, serving: Callable[[Plan], bool]) -> list[pb.FollowResponse]:
         """The open offers that a client which serves these gets at once."""
@@ -550,15 +459,6 @@ def _offer(opening: Opening, *, with_model: bool = False) -> pb.FollowResponse:
 async def _here(model: Model) -> Model | None:
     """A model that came with its attempt: nobody has to be asked for it."""
     return model
-
-
-def _receipts_wait_s(attempt: Folding) -> float:
-    """How long receipts may wait for the next offer, after a round like this one: not at all after a long one, or
-    where clients need the last word for their next update.
-    """
-    seconds = time.monotonic() - attempt.opened_s
-    is_near = seconds <= SHORT_ROUND_S and not attempt.plan.task.update_encoding.feedback
-    return OFFER_COMES_WITHIN * seconds if is_near else 0.0
 
 
 def _staged_receipt(claim: Claim) -> Receipt:

@@ -17,9 +17,10 @@ import grpc
 from cryptography import x509
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from combiners.desk import Desk, IntakeSettings
+from combiners.desk import Desk
 from combiners.messages import App, Claim, HandOver, Opening, RegionPort, serves
 from combiners.placing import MakeShard
+from combiners.settings import IntakeSettings
 from combiners.sharding import held, hold, room
 from hierfl import kernels_encodings, observe
 from hierfl.errors import ComeBack, NotFound, RoundClosed, Unreachable, WireError
@@ -158,7 +159,7 @@ class _ClientService:
         age = (request.endpoints_epoch, request.endpoints_version)
         newer = self._desk.endpoints if self._desk.endpoints_age > age else None
         try:
-            session = self._desk.join(client, apps)
+            session = self._desk.door.join(client, apps)
         except ComeBack:
             if newer is not None:
                 yield pb.FollowResponse(endpoints=newer)  # there may be room where it belongs
@@ -175,7 +176,7 @@ class _ClientService:
             if session.goodbye is not None:
                 raise session.goodbye
         finally:
-            self._desk.leave(session)
+            self._desk.door.leave(session)
 
     async def Admit(self, request: pb.AdmitRequest, context: Any) -> pb.AdmitResponse:  # noqa: N802
         key = UpdateKey(key_from_proto(request.key), _client())

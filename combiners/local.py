@@ -15,10 +15,9 @@ from typing import TypeVar
 
 import numpy as np
 
-from combiners.desk import IntakeSettings
 from combiners.host import RegionHost
 from combiners.intake import IntakeHost
-from combiners.settings import RegionSettings
+from combiners.settings import IntakeSettings, RegionSettings
 from combiners.shard import Shard, Share
 from hierfl.errors import HierFLError, Unreachable
 from hierfl.pki import Kit

@@ -21,8 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from combiners.desk import IntakeSettings
-from combiners.settings import RegionSettings
+from combiners.settings import IntakeSettings, RegionSettings
 from hierfl.config import Address
 from hierfl.errors import ConfigError, HierFLError, PortInUse, StorageError, StoreLocked, Unreachable
 from hierfl.leftovers import adopt_orphans, clean_up, clean_up_predecessor, make_temporary

@@ -14,9 +14,9 @@ import grpc
 import numpy as np
 import pytest
 
-from combiners.desk import IntakeSettings
 from combiners.host import RegionSettings
 from combiners.local import LocalCombiner
+from combiners.settings import IntakeSettings
 from hierfl import documents, provision
 from hierfl.aggregation import ColumnGroup, GroupKind, PartialAggregate, Weighting
 from hierfl.border import LEDGER_HEAD_METADATA, head_statement

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from combiners.budget import Need, machine_bytes, shards_needed, share, staging_bytes
 from combiners.command import serve
-from combiners.desk import IntakeSettings
+from combiners.settings import IntakeSettings
 from combiners.supervisor import CombinerSettings
 
 MIB, GIB = 2**20, 2**30

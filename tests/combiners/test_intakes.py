@@ -10,9 +10,9 @@ import grpc
 import numpy as np
 import pytest
 
-from combiners.desk import IntakeSettings
 from combiners.intake import reachable
 from combiners.local import LocalCombiner
+from combiners.settings import IntakeSettings
 from combiners.supervisor import CombinerSettings
 from hierfl.endpoints import Endpoint, Signed, accept_endpoints
 from hierfl.errors import ComeBack, ConfigError

@@ -10,7 +10,7 @@ import grpc
 import numpy as np
 import pytest
 
-from combiners.desk import IntakeSettings
+from combiners.settings import IntakeSettings
 from hierfl.errors import TransferIncomplete
 from hierfl.plan import Plan
 from hierfl.wire import hierfl_pb2 as pb

@@ -11,8 +11,8 @@ import pytest
 from sharded import ENCODINGS, expected, hand_in, is_same, large, persist, sealed_by, update
 from updates import chosen, group
 
-from combiners.desk import IntakeSettings
 from combiners.local import LocalShard
+from combiners.settings import IntakeSettings
 from combiners.shard import Shard, Share
 from hierfl.errors import HierFLError, TransferIncomplete, ValueOutOfRange
 from hierfl.types import AttemptKey, RunId, TaskKind

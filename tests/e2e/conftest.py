@@ -10,8 +10,7 @@ import pytest
 from commands import hierfl
 from federations import InProcess, directly, noisy_app
 
-from combiners.desk import IntakeSettings
-from combiners.settings import RegionSettings
+from combiners.settings import IntakeSettings, RegionSettings
 from hierfl.client.app import App
 
 __all__ = ["federate", "hierfl"]

@@ -8,8 +8,7 @@ from collections.abc import Callable
 import pytest
 from federations import InProcess, job
 
-from combiners.desk import IntakeSettings
-from combiners.settings import RegionSettings
+from combiners.settings import IntakeSettings, RegionSettings
 from hierfl.client import link
 from hierfl.pki import Kit
 from hierfl.rendezvous import preference

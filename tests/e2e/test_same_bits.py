@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from federations import job, noisy_app
 
-from combiners.desk import IntakeSettings
+from combiners.settings import IntakeSettings
 from hierfl.job import UpdateChoice
 
 SITES = [f"site-{number:02d}" for number in range(12)]

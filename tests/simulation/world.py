@@ -15,10 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from combiners.desk import IntakeSettings
 from combiners.host import RegionHost
 from combiners.intake import IntakeHost
-from combiners.settings import RegionSettings
+from combiners.settings import IntakeSettings, RegionSettings
 from controller.app import ControllerApp
 from hierfl.client.app import App
 from hierfl.client.offers import SitePolicy

@@ -17,9 +17,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from combiners.desk import IntakeSettings
 from combiners.local import LocalCombiner
-from combiners.settings import RegionSettings
+from combiners.settings import IntakeSettings, RegionSettings
 from controller.app import ControllerApp
 from hierfl import provision
 from hierfl.client.app import App
