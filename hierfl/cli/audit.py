@@ -39,25 +39,28 @@ class _Report:
         return [finding for book in self.books for finding in book.findings]
 
 
+FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
+
+
 @click.command()
 @click.argument("run")
 @click.option(
     "--dir",
     "directory",
     metavar="DIR",
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    type=FOLDER,
     help="State folder of `hierfl up`: all regions and the controller. Default: the federation in this folder.",
 )
 @click.option(
     "--region-dir",
     metavar="DIR",
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    type=FOLDER,
     help="A combiner's --dir: only this region's half.",
 )
 @click.option(
     "--controller-dir",
     metavar="DIR",
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    type=FOLDER,
     help="The controller's --dir: its half, against the regions' summaries.",
 )
 @click.option(
@@ -71,7 +74,7 @@ class _Report:
 @click.option(
     "--sites",
     metavar="DIR",
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    type=FOLDER,
     help="With --region-dir: kits of the region's clients, to check each receipt's signature by itself.",
 )
 @click.option(

@@ -32,6 +32,18 @@ def _set_option(function: F) -> F:
     )(function)
 
 
+def _kits_option(words: str, *, required: bool = False) -> Callable[[F], F]:
+    return click.option(
+        "--kit",
+        "kits",
+        metavar="DIR",
+        type=click.Path(path_type=Path),
+        multiple=True,
+        required=required,
+        help=words,
+    )
+
+
 @click.group()
 def client() -> None:
     """Run an app at a site, check it before, and see what became of its updates."""
@@ -39,15 +51,7 @@ def client() -> None:
 
 @client.command()
 @click.argument("app_spec", metavar="APP")
-@click.option(
-    "--kit",
-    "kits",
-    metavar="DIR",
-    type=click.Path(path_type=Path),
-    multiple=True,
-    required=True,
-    help="Folder of a client's kit. Several: one client each, all in this process.",
-)
+@_kits_option("Folder of a client's kit. Several: one client each, all in this process.", required=True)
 @click.option(
     "--dir",
     "directory",
@@ -106,14 +110,7 @@ def run(
 
 @client.command()
 @click.argument("app_spec", metavar="APP")
-@click.option(
-    "--kit",
-    "kits",
-    metavar="DIR",
-    type=click.Path(path_type=Path),
-    multiple=True,
-    help="Also check this client's kit, and the way to its combiner.",
-)
+@_kits_option("Also check this client's kit, and the way to its combiner.")
 @click.option(
     "--config",
     "job_file",
@@ -153,14 +150,7 @@ def check(
 
 @client.command()
 @click.argument("run")
-@click.option(
-    "--kit",
-    "kits",
-    metavar="DIR",
-    type=click.Path(path_type=Path),
-    multiple=True,
-    help="Kits of the clients: their combiner is asked anew. Default: those of the federation in this folder.",
-)
+@_kits_option("Kits of the clients: their combiner is asked anew. Default: those of the federation in this folder.")
 @click.option(
     "--dir",
     "directory",
